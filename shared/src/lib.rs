@@ -4,5 +4,14 @@
 
 pub mod error;
 pub mod rng;
+pub mod io;
+pub mod mmap;
+pub mod tensor_file;
+pub mod manifest;
+pub mod output;
+pub mod shard;
+pub mod embedding;
+pub mod progress;
+pub mod cli;
 
 pub use error::{Error, Fault, Result};

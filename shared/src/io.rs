@@ -1,0 +1,203 @@
+//! Files that are either whole or absent: written to a temporary sibling, synced, renamed.
+//!
+//! A crash or a full disk leaves at most files named `.tmp-…`, which [`crate::output::OutputDir`] clears away when the
+//! stage runs again.
+#![warn(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write as _};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// How the name of an unfinished file begins.
+pub const TEMPORARY_PREFIX: &str = ".tmp-";
+
+/// Name, length and hash of a finished file, as manifests record it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileEntry {
+    /// File name relative to the directory of the manifest, `/` separators.
+    pub path: String,
+    /// Length.
+    pub bytes: u64,
+    /// BLAKE3 of the contents, 64 hexadecimal digits.
+    pub blake3: String,
+}
+
+/// A file under construction, hashed as it is written; it appears under its name only by [`AtomicFile::commit`].
+#[derive(Debug)]
+pub struct AtomicFile {
+    destination: PathBuf,
+    writer: BufWriter<tempfile::NamedTempFile>,
+    hasher: blake3::Hasher,
+    bytes: u64,
+}
+
+impl AtomicFile {
+    /// Starts a file that will be called `destination`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the directory does not exist or cannot be written.
+    pub fn create(destination: impl AsRef<Path>) -> Result<Self> {
+        let destination = destination.as_ref().to_path_buf();
+        let file =
+            new_temporary(parent_of(&destination)).map_err(Error::io("create a temporary file for", &destination))?;
+        Ok(Self {
+            destination,
+            writer: BufWriter::with_capacity(1 << 20, file),
+            hasher: blake3::Hasher::new(),
+            bytes: 0,
+        })
+    }
+
+    /// Appends bytes.
+    ///
+    /// # Errors
+    /// [`Error::Io`], for example when the disk is full.
+    pub fn append(&mut self, bytes: &[u8]) -> Result<()> {
+        self.writer.write_all(bytes).map_err(Error::io("write", &self.destination))?;
+        self.hasher.update(bytes);
+        self.bytes += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// Changes the name that the file will get.
+    pub(crate) fn rename(&mut self, destination: &Path) {
+        self.destination = destination.to_path_buf();
+    }
+
+    /// Syncs the contents to disk and gives the file its name, replacing a file of that name.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; nothing is left under the name then, or what was there before.
+    pub fn commit(self) -> Result<FileEntry> {
+        let Self { destination, writer, hasher, bytes } = self;
+        let file =
+            writer.into_inner().map_err(io::IntoInnerError::into_error).map_err(Error::io("write", &destination))?;
+        file.as_file().sync_all().map_err(Error::io("sync", &destination))?;
+        file.persist(&destination)
+            .map_err(|e| e.error)
+            .map_err(Error::io("rename a temporary file to", &destination))?;
+        sync_directory(parent_of(&destination))?;
+        Ok(FileEntry { path: file_name(&destination), bytes, blake3: hasher.finalize().to_hex().to_string() })
+    }
+}
+
+/// Writes a whole file atomically.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn write_atomic(path: impl AsRef<Path>, contents: &[u8]) -> Result<FileEntry> {
+    let mut file = AtomicFile::create(path)?;
+    file.append(contents)?;
+    file.commit()
+}
+
+/// Writes a value as indented JSON with a final newline, atomically.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::Invalid`] when the value has no JSON form.
+pub fn write_json(path: impl AsRef<Path>, value: &impl Serialize) -> Result<FileEntry> {
+    let mut text = serde_json::to_string_pretty(value)
+        .map_err(|e| Error::invalid(format!("cannot write `{}` as JSON: {e}", path.as_ref().display()), ""))?;
+    text.push('\n');
+    write_atomic(path, text.as_bytes())
+}
+
+/// Length and hash of a file on disk.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn hash_file(path: impl AsRef<Path>) -> Result<FileEntry> {
+    let path = path.as_ref();
+    let mut hasher = blake3::Hasher::new();
+    let mut file = File::open(path).map_err(Error::io("read", path))?;
+    let bytes = io::copy(&mut file, &mut hasher).map_err(Error::io("read", path))?;
+    Ok(FileEntry { path: file_name(path), bytes, blake3: hasher.finalize().to_hex().to_string() })
+}
+
+/// Creates a directory and its parents.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn create_directory(path: impl AsRef<Path>) -> Result<()> {
+    fs::create_dir_all(&path).map_err(Error::io("create directory", &path))
+}
+
+/// Removes the temporary files that an interrupted run left in `directory`. The caller holds the directory's lock.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn remove_temporaries(directory: &Path) -> Result<()> {
+    for entry in fs::read_dir(directory).map_err(Error::io("list", directory))? {
+        let entry = entry.map_err(Error::io("list", directory))?;
+        if entry.file_name().to_string_lossy().starts_with(TEMPORARY_PREFIX) {
+            fs::remove_file(entry.path()).map_err(Error::io("remove", entry.path()))?;
+        }
+    }
+    Ok(())
+}
+
+fn new_temporary(directory: &Path) -> io::Result<tempfile::NamedTempFile> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(TEMPORARY_PREFIX);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt as _;
+        // Private by default; the finished file should have the mode that the user's umask gives.
+        builder.permissions(fs::Permissions::from_mode(0o666));
+    }
+    builder.tempfile_in(directory)
+}
+
+fn parent_of(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+fn sync_directory(directory: &Path) -> Result<()> {
+    // Only Unix lets a directory be opened and synced; elsewhere the rename is as durable as the system makes it.
+    if cfg!(unix) {
+        File::open(directory).and_then(|d| d.sync_all()).map_err(Error::io("sync", directory))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn file_appears_only_at_commit() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.txt");
+        let mut file = AtomicFile::create(&path).unwrap();
+        file.append(b"hello").unwrap();
+        assert!(!path.exists());
+        let entry = file.commit().unwrap();
+        assert_eq!(entry, hash_file(&path).unwrap());
+        assert_eq!(fs::read(&path).unwrap(), b"hello");
+    }
+
+    #[test]
+    fn dropped_file_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut file = AtomicFile::create(dir.path().join("a.txt")).unwrap();
+        file.append(b"hello").unwrap();
+        drop(file);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn missing_directory_is_an_error_that_names_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = write_atomic(dir.path().join("no/a.txt"), b"").unwrap_err().to_string();
+        assert!(error.contains("a.txt"), "{error}");
+    }
+}

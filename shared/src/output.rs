@@ -1,0 +1,308 @@
+//! Output directories: locked while written, resumable, never mixed.
+//!
+//! A stage begins its output with [`OutputDir::begin`], which takes the lock `.lock` and writes `unfinished.json`, the
+//! [`Identity`] of what is being made. The stage then commits whole files. [`OutputDir::finish`] writes `manifest.json` and
+//! removes `unfinished.json`. Beginning again compares identities: equal and finished is a no-op, equal and unfinished
+//! resumes, anything else is refused unless the user says `--overwrite`.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, TryLockError};
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::error::{Error, Fault, Result};
+use crate::io::{FileEntry, create_directory, remove_temporaries, write_json};
+use crate::manifest::{Identity, MANIFEST_FILE, Manifest};
+
+/// Records what an unfinished directory is going to be.
+pub const UNFINISHED_FILE: &str = "unfinished.json";
+const LOCK_FILE: &str = ".lock";
+
+/// How an output directory was found.
+#[derive(Debug)]
+pub enum Begun {
+    /// It is complete and is what was asked for: nothing to do.
+    Finished(Manifest),
+    /// It is new, or the rest of it is to be written.
+    Writing(OutputDir),
+}
+
+/// An output directory held by this process.
+#[derive(Debug)]
+pub struct OutputDir {
+    path: PathBuf,
+    identity: Identity,
+    resumed: bool,
+    /// Keeps the advisory lock until the value is dropped; the system drops it when the process ends, however it ends.
+    _lock: File,
+}
+
+impl OutputDir {
+    /// Takes an output directory for writing, creating it when needed.
+    ///
+    /// # Errors
+    /// [`Error::Locked`] when another process holds it, [`Error::Foreign`] when it holds other things, [`Error::Chain`] when it
+    /// was made with other settings and `overwrite` is not set, [`Error::Io`].
+    pub fn begin(path: impl AsRef<Path>, identity: &Identity, overwrite: bool) -> Result<Begun> {
+        let path = path.as_ref().to_path_buf();
+        let stage = identity.stage;
+        if path.exists() && !path.is_dir() {
+            return Err(Error::Foreign { path, stage: stage.name() });
+        }
+        let ours = path.join(MANIFEST_FILE).exists() || path.join(UNFINISHED_FILE).exists();
+        if !ours && path.is_dir() && !holds_only_traces(&path)? {
+            return Err(Error::Foreign { path, stage: stage.name() });
+        }
+        create_directory(&path)?;
+        let lock = take_lock(&path)?;
+        remove_temporaries(&path)?;
+
+        let found = if path.join(MANIFEST_FILE).exists() {
+            match Manifest::read(&path, stage) {
+                Ok(manifest) if overwrite => Some(manifest.identity),
+                Ok(manifest) => {
+                    refuse_difference(&path, identity, &manifest.identity)?;
+                    manifest.check_lengths(&path)?;
+                    return Ok(Begun::Finished(manifest));
+                }
+                // A damaged manifest of the same stage may be overwritten; another stage's directory never.
+                Err(Error::Damaged { .. }) if overwrite => None,
+                Err(error) => return Err(error),
+            }
+        } else {
+            read_unfinished(&path)?
+        };
+        if let Some(found) = found.as_ref().filter(|found| found.stage != stage) {
+            refuse_difference(&path, identity, found)?;
+        }
+        let resumed = found.is_some() && !overwrite;
+        if overwrite {
+            clear(&path)?;
+        } else if let Some(found) = &found {
+            refuse_difference(&path, identity, found)?;
+        }
+        if !resumed {
+            write_json(path.join(UNFINISHED_FILE), identity)?;
+        }
+        Ok(Begun::Writing(Self { path, identity: identity.clone(), resumed, _lock: lock }))
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether an earlier process began it: look for finished files.
+    pub fn resumed(&self) -> bool {
+        self.resumed
+    }
+
+    /// Completes the directory: `manifest.json` is written last.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn finish(self, counts: BTreeMap<String, u64>, details: Value, files: Vec<FileEntry>) -> Result<Manifest> {
+        let manifest = Manifest::new(self.identity, counts, details, files);
+        manifest.write(&self.path)?;
+        let unfinished = self.path.join(UNFINISHED_FILE);
+        if unfinished.exists() {
+            fs::remove_file(&unfinished).map_err(Error::io("remove", &unfinished))?;
+        }
+        Ok(manifest)
+    }
+}
+
+fn refuse_difference(path: &Path, wanted: &Identity, found: &Identity) -> Result<()> {
+    match wanted.difference(found) {
+        None => Ok(()),
+        Some((what, expected, found)) => Err(Error::Chain {
+            what,
+            path: path.into(),
+            expected,
+            found,
+            hint: "the directory was made with other settings: choose another `--output`, or start again with `--overwrite`"
+                .into(),
+        }),
+    }
+}
+
+fn read_unfinished(path: &Path) -> Result<Option<Identity>> {
+    let file = path.join(UNFINISHED_FILE);
+    if !file.exists() {
+        return Ok(None);
+    }
+    let text = fs::read_to_string(&file).map_err(Error::io("read", &file))?;
+    serde_json::from_str(&text).map(Some).map_err(|e| Error::damaged(file, Fault::Syntax(e.to_string())))
+}
+
+/// Whether a directory holds nothing but what a stage leaves when it dies before its first file.
+fn holds_only_traces(path: &Path) -> Result<bool> {
+    for entry in fs::read_dir(path).map_err(Error::io("list", path))? {
+        let name = entry.map_err(Error::io("list", path))?.file_name();
+        let name = name.to_string_lossy();
+        if name != LOCK_FILE && !name.starts_with(crate::io::TEMPORARY_PREFIX) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+fn take_lock(path: &Path) -> Result<File> {
+    let lock_path = path.join(LOCK_FILE);
+    let lock = File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&lock_path)
+        .map_err(Error::io("create", &lock_path))?;
+    match lock.try_lock() {
+        Ok(()) => Ok(lock),
+        Err(TryLockError::WouldBlock) => Err(Error::Locked { path: path.into() }),
+        Err(TryLockError::Error(source)) => Err(Error::io("lock", &lock_path)(source)),
+    }
+}
+
+/// Empties a directory of ours. The manifest goes first, so that an interruption leaves it unfinished, not wrong.
+fn clear(path: &Path) -> Result<()> {
+    let manifest = path.join(MANIFEST_FILE);
+    if manifest.exists() {
+        // Leave a mark that the directory is ours before the manifest goes.
+        let mark = path.join(UNFINISHED_FILE);
+        fs::rename(&manifest, &mark).map_err(Error::io("rename", &manifest))?;
+    }
+    for entry in fs::read_dir(path).map_err(Error::io("list", path))? {
+        let entry = entry.map_err(Error::io("list", path))?;
+        let name = entry.file_name();
+        if name == LOCK_FILE || name == UNFINISHED_FILE {
+            continue;
+        }
+        let is_dir = entry.file_type().map_err(Error::io("read", entry.path()))?.is_dir();
+        let removed = if is_dir { fs::remove_dir_all(entry.path()) } else { fs::remove_file(entry.path()) };
+        removed.map_err(Error::io("remove", entry.path()))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::write_atomic;
+    use crate::manifest::Stage;
+
+    fn identity(views: u32) -> Identity {
+        Identity::new(Stage::DataPrep, &serde_json::json!({"views": views}), 0, Vec::new()).unwrap()
+    }
+
+    fn writing(path: &Path, views: u32, overwrite: bool) -> OutputDir {
+        match OutputDir::begin(path, &identity(views), overwrite).unwrap() {
+            Begun::Writing(dir) => dir,
+            Begun::Finished(_) => panic!("finished"),
+        }
+    }
+
+    fn finish(dir: OutputDir) {
+        let file = write_atomic(dir.path().join("data"), b"abc").unwrap();
+        dir.finish(BTreeMap::new(), Value::Null, vec![file]).unwrap();
+    }
+
+    #[test]
+    fn finished_directory_is_recognised() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("a/b");
+        let dir = writing(&path, 2, false);
+        assert!(!dir.resumed());
+        finish(dir);
+        assert!(matches!(OutputDir::begin(&path, &identity(2), false).unwrap(), Begun::Finished(_)));
+        assert!(!path.join(UNFINISHED_FILE).exists());
+    }
+
+    #[test]
+    fn unfinished_directory_resumes_and_loses_its_temporaries() {
+        let root = tempfile::tempdir().unwrap();
+        drop(writing(root.path(), 2, false));
+        write_atomic(root.path().join(".tmp-x"), b"").unwrap();
+        assert!(writing(root.path(), 2, false).resumed());
+        assert!(!root.path().join(".tmp-x").exists());
+    }
+
+    #[test]
+    fn death_before_the_first_file_is_no_obstacle() {
+        let root = tempfile::tempdir().unwrap();
+        write_atomic(root.path().join(LOCK_FILE), b"").unwrap();
+        assert!(!writing(root.path(), 2, false).resumed());
+    }
+
+    #[test]
+    fn other_settings_are_refused_finished_or_not() {
+        let root = tempfile::tempdir().unwrap();
+        drop(writing(root.path(), 2, false));
+        for _ in 0..2 {
+            let error = OutputDir::begin(root.path(), &identity(3), false).unwrap_err();
+            assert!(matches!(&error, Error::Chain { what, .. } if what.contains("views")), "{error}");
+            finish(writing_or_new(root.path()));
+        }
+    }
+
+    fn writing_or_new(path: &Path) -> OutputDir {
+        writing(path, 2, path.join(MANIFEST_FILE).exists())
+    }
+
+    #[test]
+    fn overwrite_empties_the_directory() {
+        let root = tempfile::tempdir().unwrap();
+        finish(writing(root.path(), 2, false));
+        let dir = writing(root.path(), 3, true);
+        assert!(!dir.resumed());
+        assert!(!root.path().join("data").exists());
+        finish(dir);
+    }
+
+    #[test]
+    fn foreign_directory_is_never_touched() {
+        let root = tempfile::tempdir().unwrap();
+        write_atomic(root.path().join("thesis.tex"), b"").unwrap();
+        for overwrite in [false, true] {
+            let error = OutputDir::begin(root.path(), &identity(2), overwrite).unwrap_err();
+            assert!(matches!(error, Error::Foreign { .. }), "{error}");
+        }
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn another_stages_directory_is_never_overwritten() {
+        let root = tempfile::tempdir().unwrap();
+        let other = Identity::new(Stage::StudentTrain, &serde_json::json!({}), 0, Vec::new()).unwrap();
+        for finished in [false, true] {
+            let Begun::Writing(dir) = OutputDir::begin(root.path(), &other, false).unwrap() else { panic!("finished") };
+            if finished {
+                finish(dir);
+            } else {
+                drop(dir);
+            }
+            for overwrite in [false, true] {
+                let error = OutputDir::begin(root.path(), &identity(2), overwrite).unwrap_err();
+                assert!(matches!(error, Error::Chain { .. }), "{error}");
+            }
+        }
+        assert!(root.path().join("data").exists());
+    }
+
+    #[test]
+    fn second_writer_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let first = writing(root.path(), 2, false);
+        let error = OutputDir::begin(root.path(), &identity(2), false).unwrap_err();
+        assert!(matches!(error, Error::Locked { .. }), "{error}");
+        drop(first);
+        writing(root.path(), 2, false);
+    }
+
+    #[test]
+    fn finished_directory_with_a_lost_file_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        finish(writing(root.path(), 2, false));
+        fs::remove_file(root.path().join("data")).unwrap();
+        assert!(matches!(OutputDir::begin(root.path(), &identity(2), false).unwrap_err(), Error::Missing { .. }));
+    }
+}

@@ -1,0 +1,86 @@
+//! Shard sets: a directory of augmented views, ready to be mapped into memory.
+//!
+//! ```text
+//! manifest.json                 what it is and how it was made (see [`crate::manifest`])
+//! shard-00000.safetensors …     n samples each:
+//!     pixels       [n, V, H, W, 3]  u8    RGB, starts on a 4096-byte boundary
+//!     view_params  [n, V, P]        f32   what was drawn for each view, P = 18: see [`VIEW_PARAMETERS`]
+//!     sample_ids   [n]              u64   see [`sample_id`]
+//!     labels       [n]              i64   class index, -1: none
+//! rejects.jsonl                 images that could not be used, and why
+//! ```
+//!
+//! Samples are packed in a seeded random order, so that reading shards from front to back is already well mixed.
+
+mod reader;
+mod writer;
+
+pub use reader::{Shard, ShardSet};
+pub use writer::ShardWriter;
+
+use serde::{Deserialize, Serialize};
+
+/// Names of the numbers that describe a view, in their order in a `view_params` row.
+///
+/// The crop box and the source size are in pixels of the decoded source image. The order names 0 brightness, 1 contrast,
+/// 2 saturation, 3 hue; -1 means that the view was not jittered. `blur_sigma` 0 means no blur, `solarize_threshold` -1 no
+/// solarisation.
+pub const VIEW_PARAMETERS: [&str; 18] = [
+    "crop_top",
+    "crop_left",
+    "crop_height",
+    "crop_width",
+    "flip",
+    "brightness",
+    "contrast",
+    "saturation",
+    "hue",
+    "order_0",
+    "order_1",
+    "order_2",
+    "order_3",
+    "grayscale",
+    "blur_sigma",
+    "solarize_threshold",
+    "source_height",
+    "source_width",
+];
+
+/// What a reader must know of a shard set, kept as the manifest's `details`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShardSetDetails {
+    /// V: views per sample.
+    pub views: usize,
+    /// H in pixels.
+    pub height: usize,
+    /// W in pixels.
+    pub width: usize,
+    /// Class names; a label is an index into them. Empty when the source has no classes.
+    pub classes: Vec<String>,
+}
+
+/// File name of a shard.
+pub fn shard_file_name(index: usize) -> String {
+    format!("shard-{index:05}.safetensors")
+}
+
+/// The identity of a sample: the first eight bytes (little-endian) of the BLAKE3 hash of its path relative to the input
+/// root, with `/` separators. It does not depend on listing order, subset, machine or thread count.
+pub fn sample_id(relative_path: &str) -> u64 {
+    let hash = blake3::hash(relative_path.as_bytes());
+    let mut first = [0; 8];
+    first.copy_from_slice(&hash.as_bytes()[..8]);
+    u64::from_le_bytes(first)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sample_id_is_pinned() {
+        // A change here breaks every shard and embedding set: it needs a new format version.
+        assert_eq!(sample_id("n01440764/n01440764_10026.JPEG"), 9_027_538_356_504_390_648);
+    }
+}
