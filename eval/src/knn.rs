@@ -103,7 +103,7 @@ pub fn nearest(
         similarities: Vec::with_capacity(k * queries.len()),
     };
     for query in &mut best {
-        for &(similarity, index) in query.sorted() {
+        for &Candidate { similarity, index } in query.sorted() {
             neighbours.indices.push(index);
             neighbours.similarities.push(similarity);
         }
@@ -187,7 +187,7 @@ fn unit_feature(rows: &FeatureRows<'_>, choice: ViewChoice, sample: usize, out: 
 #[derive(Debug)]
 struct Nearest {
     k: usize,
-    kept: Vec<(f32, u32)>,
+    kept: Vec<Candidate>,
     /// A candidate must be more similar than this: later ones lose draws.
     floor: f32,
 }
@@ -204,7 +204,7 @@ impl Nearest {
         }
         for (i, &similarity) in similarities.iter().enumerate() {
             if similarity > self.floor && skip != Some(i) {
-                self.kept.push((similarity, (first + i) as u32));
+                self.kept.push(Candidate { similarity, index: (first + i) as u32 });
                 if self.kept.len() == 2 * self.k + 32 {
                     self.thin();
                 }
@@ -214,25 +214,47 @@ impl Nearest {
 
     fn thin(&mut self) {
         if self.kept.len() > self.k {
-            self.kept.select_nth_unstable_by(self.k - 1, nearer);
+            self.kept.select_nth_unstable(self.k - 1);
             self.kept.truncate(self.k);
-            self.floor = self.kept[self.k - 1].0;
+            self.floor = self.kept[self.k - 1].similarity;
         }
     }
 
-    fn sorted(&mut self) -> &[(f32, u32)] {
+    fn sorted(&mut self) -> &[Candidate] {
         if self.k > 0 {
             self.thin();
         }
-        self.kept.sort_unstable_by(nearer);
+        self.kept.sort_unstable();
         &self.kept
     }
 }
 
-/// More similar first, then the earlier position.
-fn nearer(a: &(f32, u32), b: &(f32, u32)) -> Ordering {
-    b.0.total_cmp(&a.0).then(a.1.cmp(&b.1))
+/// A training sample offered as a neighbour; the lesser of two is the nearer: more similar, then earlier.
+#[derive(Debug, Clone, Copy)]
+struct Candidate {
+    similarity: f32,
+    index: u32,
 }
+
+impl Ord for Candidate {
+    fn cmp(&self, other: &Self) -> Ordering {
+        other.similarity.total_cmp(&self.similarity).then(self.index.cmp(&other.index))
+    }
+}
+
+impl PartialOrd for Candidate {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Candidate {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for Candidate {}
 
 #[cfg(test)]
 mod tests {
