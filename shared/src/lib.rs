@@ -11,6 +11,7 @@ pub mod manifest;
 pub mod output;
 pub mod shard;
 pub mod embedding;
+pub mod weights;
 pub mod progress;
 pub mod cli;
 

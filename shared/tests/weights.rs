@@ -1,0 +1,113 @@
+//! Checkpoints made by PyTorch (`tests/golden/weights.py`) are read exactly, and hostile ones run nothing.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use shared::weights::{Checkpoint, Format};
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/weights").join(name)
+}
+
+fn expected() -> BTreeMap<String, Value> {
+    let text = std::fs::read_to_string(golden("expected.json")).unwrap();
+    serde_json::from_str(&text).unwrap()
+}
+
+fn floats(value: &Value) -> Vec<f32> {
+    value.as_array().unwrap().iter().map(|number| number.as_f64().unwrap() as f32).collect()
+}
+
+#[test]
+fn every_golden_checkpoint_is_read_exactly() {
+    let expected = expected();
+    assert_eq!(expected.len(), 17);
+    for (name, expected) in expected {
+        let checkpoint = Checkpoint::open(golden(&name)).unwrap();
+        assert_eq!(checkpoint.format().to_string(), expected["format"].as_str().unwrap(), "{name}");
+        assert_eq!(checkpoint.state_key(), expected["state_key"].as_str().unwrap(), "{name}");
+        for (key, value) in expected["metadata"].as_object().unwrap() {
+            assert_eq!(checkpoint.metadata().get(key), Some(value), "{name}: {key}");
+        }
+        let tensors = expected["tensors"].as_object().unwrap();
+        assert_eq!(checkpoint.entries().len(), tensors.len(), "{name}");
+        for entry in checkpoint.entries() {
+            let label = format!("{name}: {}", entry.name());
+            let tensor = &tensors[entry.name()];
+            assert_eq!(entry.dtype().to_string(), tensor["dtype"].as_str().unwrap(), "{label}");
+            let shape: Vec<_> = entry.shape().iter().map(|size| Value::from(*size)).collect();
+            assert_eq!(&shape, tensor["shape"].as_array().unwrap(), "{label}");
+            let read = checkpoint.tensor(entry.name()).unwrap();
+            assert_eq!(read.dims(), entry.shape(), "{label}");
+            let values = read.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            assert_eq!(values, floats(&tensor["values"]), "{label}");
+        }
+    }
+}
+
+#[test]
+fn the_state_dict_can_be_chosen() {
+    let path = golden("two_networks.pth");
+    let default = Checkpoint::open(&path).unwrap();
+    assert_eq!(default.state_key(), "teacher");
+    assert_eq!(default.other_state_keys(), [("student".to_owned(), 1)]);
+    let student = Checkpoint::open_at(&path, Some("student")).unwrap();
+    assert_eq!(student.entries().len(), 1);
+    let message = Checkpoint::open_at(&path, Some("ema")).unwrap_err().to_string();
+    assert!(message.ends_with("it has no state dict at `ema`, but at `teacher`, `student`"), "{message}");
+}
+
+#[test]
+fn entries_that_are_not_read_are_listed() {
+    let checkpoint = Checkpoint::open(golden("dtypes_zip.pth")).unwrap();
+    let what = "a tensor of `ComplexFloatStorage`, which is not read".to_owned();
+    assert_eq!(checkpoint.skipped(), [("complex".to_owned(), what)]);
+    assert!(checkpoint.unknown_globals().is_empty(), "{:?}", checkpoint.unknown_globals());
+}
+
+#[test]
+fn settings_scalars_and_other_objects_are_no_obstacle() {
+    for name in ["objects_zip.pth", "objects_legacy.pth"] {
+        let checkpoint = Checkpoint::open(golden(name)).unwrap();
+        assert!(checkpoint.unknown_globals().is_empty(), "{:?}", checkpoint.unknown_globals());
+        assert!(!checkpoint.metadata().contains_key("best_acc1"), "a numpy scalar stays opaque");
+    }
+}
+
+#[test]
+fn a_pickle_that_asks_for_a_function_does_not_get_it_called() {
+    for (name, function) in [
+        ("hostile_system.pth", "posix.system"),
+        ("hostile_system_legacy.pth", "posix.system"),
+        ("hostile_eval.pth", "builtins.eval"),
+        ("hostile_eval_legacy.pth", "builtins.eval"),
+    ] {
+        let checkpoint = Checkpoint::open(golden(name)).unwrap();
+        assert_eq!(checkpoint.values("w").unwrap().len(), 2, "{name}");
+        assert_eq!(checkpoint.unknown_globals(), [function], "{name}");
+        assert!(!Path::new("hostile_ran").exists(), "{name} was run");
+    }
+}
+
+#[test]
+fn safetensors_are_read_through_the_same_surface() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.bin");
+    let halves: Vec<u8> = [1.5f32, -2.0].iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect();
+    let words: Vec<u8> = [3i64].iter().flat_map(|v| v.to_le_bytes()).collect();
+    let tensors = [
+        ("h", safetensors::tensor::TensorView::new(safetensors::Dtype::F16, vec![2, 1], &halves).unwrap()),
+        ("n", safetensors::tensor::TensorView::new(safetensors::Dtype::I64, vec![], &words).unwrap()),
+    ];
+    let metadata = Some([("arch".to_owned(), "resnet18".to_owned())].into());
+    let bytes = safetensors::serialize(tensors, metadata).unwrap();
+    shared::io::write_atomic(&path, &bytes).unwrap();
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    assert_eq!(checkpoint.format(), Format::Safetensors);
+    assert_eq!(checkpoint.values("h").unwrap(), [1.5, -2.0]);
+    assert_eq!(checkpoint.tensor("n").unwrap().to_scalar::<f32>().unwrap(), 3.0);
+    assert_eq!(checkpoint.metadata()["arch"], "resnet18");
+    shared::io::write_atomic(&path, &bytes[..bytes.len() - 1]).unwrap();
+    assert!(Checkpoint::open(&path).unwrap_err().to_string().contains("is damaged: safetensors: "));
+}
