@@ -1,5 +1,7 @@
 //! Checkpoints made by PyTorch (`tests/golden/weights.py`) are read exactly, and hostile ones run nothing.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests may fail loudly")]
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 

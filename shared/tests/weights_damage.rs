@@ -1,5 +1,7 @@
 //! Damaged and malicious checkpoints: one test per rule, asserting what the reader says.
 
+#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests may fail loudly")]
+
 use std::io::{Cursor, Write as _};
 use std::path::Path;
 
