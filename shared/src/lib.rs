@@ -12,6 +12,7 @@ pub mod output;
 pub mod shard;
 pub mod embedding;
 pub mod weights;
+pub mod transforms;
 pub mod progress;
 pub mod cli;
 

@@ -1,0 +1,75 @@
+//! JPEG files through zune-jpeg in strict mode, plus the one thing strict mode lets pass: a file that ends early.
+
+use zune_jpeg::JpegDecoder;
+use zune_jpeg::zune_core::bytestream::ZCursor;
+use zune_jpeg::zune_core::colorspace::ColorSpace;
+use zune_jpeg::zune_core::options::DecoderOptions;
+
+use super::RgbImage;
+use super::decode::check_size;
+
+/// Decodes a JPEG file; the error says what is wrong with it.
+pub(super) fn decode(bytes: &[u8]) -> Result<RgbImage, String> {
+    reaches_its_end(bytes)?;
+    let options = DecoderOptions::default()
+        .set_strict_mode(true)
+        .set_max_width(usize::MAX)
+        .set_max_height(usize::MAX)
+        .jpeg_set_out_colorspace(ColorSpace::RGB);
+    let mut decoder = JpegDecoder::new_with_options(ZCursor::new(bytes), options);
+    decoder.decode_headers().map_err(|e| e.to_string())?;
+    let (width, height) = decoder.dimensions().ok_or("it has no frame header")?;
+    check_size(width as u64, height as u64)?;
+    let pixels = decoder.decode().map_err(|e| e.to_string())?;
+    RgbImage::new(height, width, pixels).map_err(|e| e.to_string())
+}
+
+const START_OF_IMAGE: u8 = 0xd8;
+const END_OF_IMAGE: u8 = 0xd9;
+const START_OF_SCAN: u8 = 0xda;
+
+/// Walks the markers of the file to the end of the image, which must come after a scan.
+///
+/// Inside a scan, 0xFF is followed by 0 (a stuffed byte), another 0xFF (filling) or a restart marker; anything else ends the
+/// scan. Stray bytes between segments are skipped, as decoders do.
+fn reaches_its_end(bytes: &[u8]) -> Result<(), String> {
+    let cut_off = || Err("the file is cut off: it ends before the image does".into());
+    let (mut at, mut in_scan) = (0, false);
+    loop {
+        let Some(found) = bytes.get(at..).and_then(|rest| rest.iter().position(|&byte| byte == 0xff)) else {
+            return cut_off();
+        };
+        at += found + 1;
+        let Some(&marker) = bytes.get(at) else { return cut_off() };
+        match marker {
+            // filling: this byte may start the next marker
+            0xff => {}
+            0 | 0x01 | 0xd0..=0xd7 | START_OF_IMAGE => at += 1,
+            END_OF_IMAGE if in_scan => return Ok(()),
+            END_OF_IMAGE => return Err("it holds no image data".into()),
+            _ => {
+                let Some(&[high, low]) = bytes.get(at + 1..at + 3) else { return cut_off() };
+                in_scan |= marker == START_OF_SCAN;
+                at += 1 + usize::from(u16::from_be_bytes([high, low])).max(2);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn end_marker_is_found_only_after_a_scan() {
+        let head = [0xff, 0xd8, 0xff, 0xe0, 0, 4, 0xff, 0xd9];
+        let scan = [0xff, 0xda, 0, 3, 0, 1, 2, 0xff, 0, 3, 0xff, 0xd0, 4, 0xff, 0xff];
+        let whole = [&head[..], &scan, &[0xd9]].concat();
+        assert!(reaches_its_end(&whole).is_ok());
+        for end in 0..whole.len() {
+            assert!(reaches_its_end(&whole[..end]).is_err(), "{end}");
+        }
+        assert!(reaches_its_end(&[0xff, 0xd8, 0xff, 0xd9]).is_err());
+        assert!(reaches_its_end(&[&whole[..], b"trailing bytes"].concat()).is_ok());
+    }
+}

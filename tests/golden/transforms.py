@@ -1,0 +1,196 @@
+"""Golden values of the augmentations and of decoding, made by torchvision + Pillow.
+
+usage: python tests/golden/transforms.py     (writes transforms.json and images/ beside itself)
+
+Made with Python 3, Pillow 13.0.0, torchvision 0.29.2 and numpy, on x86-64 (Pillow for ARM may contract its blend to a fused
+multiply-add). Seed 0. The source pictures are integer formulas that the test repeats, so only their checksums travel.
+
+transforms.json:
+  pictures  [seed, height, width, crc]: see `picture`
+  views     recipe, pass order, picture, size, the 18 numbers of a shard's `view_params` row, and the CRC-32 after every step; the
+            bytes are interleaved RGB. The last CRC is that of the f32 values after ToTensor + Normalize, channels last.
+  steps     single steps on a whole picture, with factors that show a fused multiply-add, and beyond the recipes' ranges
+images/     small files of every kind that decoding knows, and as NAME.expected.png what Pillow makes of them: `convert("RGB")`, but
+            transparency laid over white and 16 bits divided by 257.
+"""
+import json, pathlib, random, zlib
+
+import numpy as np
+import PIL
+import torch
+import torchvision
+import torchvision.transforms as T
+import torchvision.transforms.functional as F
+from PIL import Image, ImageFilter, ImageOps
+
+HERE = pathlib.Path(__file__).parent
+STEPS = ["brightness", "contrast", "saturation", "hue"]
+
+
+def picture(seed, height, width):
+    """A smooth gradient with noise; even seeds less noise, odd ones much. Only integers: the test has the same formula."""
+    y, x, c = np.mgrid[0:height, 0:width, 0:3].astype(np.uint64)
+    n = (y * np.uint64(width) + x) * np.uint64(3) + c + np.uint64(seed * 1_000_003)
+    n = (n ^ (n >> np.uint64(15))) * np.uint64(0x2C1B3C6D) & np.uint64(0xFFFFFFFF)
+    n = (n ^ (n >> np.uint64(12))) * np.uint64(0x297A2D39) & np.uint64(0xFFFFFFFF)
+    n = (n ^ (n >> np.uint64(15))).astype(np.int64)
+    spread = 41 if seed % 2 == 0 else 301
+    ramps = [x * 255 // width, y * 255 // height, (x + y) * 255 // (width + height)]
+    smooth = np.choose(c.astype(np.int64), [r.astype(np.int64) for r in ramps])
+    return Image.fromarray(np.clip(smooth + n % spread - spread // 2, 0, 255).astype(np.uint8))
+
+
+def crc(array):
+    return f"{zlib.crc32(np.ascontiguousarray(array).tobytes()):08x}"
+
+
+def resize(img, size, box, order):
+    """Crop, then resize to (height, width); the horizontal pass of Pillow up to 12 is spelled out as two resizes of one axis."""
+    top, left, h, w = box
+    if order == "pillow13":
+        return F.resized_crop(img, top, left, h, w, list(size))
+    img = F.crop(img, top, left, h, w)
+    img = img.resize((size[1], img.height), Image.BILINEAR)
+    return img.resize((size[1], size[0]), Image.BILINEAR)
+
+
+def step(name, img, value):
+    if name == "brightness": return F.adjust_brightness(img, value)
+    if name == "contrast": return F.adjust_contrast(img, value)
+    if name == "saturation": return F.adjust_saturation(img, value)
+    if name == "hue": return F.adjust_hue(img, value)
+    if name == "grayscale": return F.rgb_to_grayscale(img, 3)
+    if name == "blur": return img.filter(ImageFilter.GaussianBlur(radius=value))
+    return ImageOps.solarize(img, value)
+
+
+def f32(value):
+    return float(np.float32(value))
+
+
+def view(rng, recipe, order, img, size):
+    """One view with parameters drawn by torchvision, as a row and the checksums after each step."""
+    h, w = img.height, img.width
+    checks = []
+    if recipe == "eval-center":
+        box = (0, 0, h, w)
+        short = round(size / 0.875)
+        if order == "pillow13":
+            out = T.Compose([T.Resize(short), T.CenterCrop(size)])(img)
+        else:
+            out = F.center_crop(resize(img, F._compute_resized_output_size((h, w), [short]), box, order), [size, size])
+    else:
+        box = T.RandomResizedCrop.get_params(img, (0.2, 1.0) if recipe == "moco-v2" else (0.08, 1.0), (3 / 4, 4 / 3))
+        out = resize(img, (size, size), box, order)
+    flip = recipe != "eval-center" and rng.random() < 0.5
+    plain = F.hflip(out) if flip else out  # a flip commutes with all that follows
+    out = plain
+    checks.append(["resize", crc(np.asarray(out))])
+    row = [*box, float(flip), 1.0, 1.0, 1.0, 0.0, -1, -1, -1, -1, 0.0, 0.0, -1.0, h, w]
+    if recipe == "moco-v2":
+        if rng.random() < 0.8:
+            perm, *factors = T.ColorJitter.get_params((0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.1, 0.1))
+            row[5:9] = [f32(f) for f in factors]
+            row[9:13] = perm.tolist()
+            for i in perm.tolist():
+                out = step(STEPS[i], out, row[5 + i])
+                checks.append([STEPS[i], crc(np.asarray(out))])
+        if rng.random() < 0.3:
+            row[13] = 1.0
+            out = step("grayscale", out, 0)
+            checks.append(["grayscale", crc(np.asarray(out))])
+        if rng.random() < 0.6:
+            row[14] = f32(rng.uniform(0.1, 2.0))
+            out = step("blur", out, row[14])
+            checks.append(["blur", crc(np.asarray(out))])
+        if rng.random() < 0.2:  # not in MoCo v2: covers the step
+            row[15] = 128.0
+            out = step("solarize", out, 128)
+            checks.append(["solarize", crc(np.asarray(out))])
+    tensor = F.normalize(F.to_tensor(out), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    checks.append(["normalize", crc(tensor.permute(1, 2, 0).numpy())])
+    return {"recipe": recipe, "order": order, "size": size, "row": row, "checks": checks}
+
+
+def decode_files(folder):
+    folder.mkdir(exist_ok=True)
+    rgb = picture(2, 18, 23)
+    small = {
+        "rgb_420.jpg": (rgb, dict(quality=90)),
+        "rgb_444.jpg": (rgb, dict(quality=90, subsampling=0)),
+        "progressive.jpg": (rgb, dict(quality=90, progressive=True)),
+        "restart.jpg": (rgb, dict(quality=90, restart_marker_blocks=1)),
+        "grey.jpg": (rgb.convert("L"), dict(quality=90)),
+        "cmyk.jpg": (rgb.convert("CMYK"), dict(quality=95)),
+        "rgb.png": (rgb, {}),
+        "grey.png": (rgb.convert("L"), {}),
+        "palette.png": (rgb.quantize(16), {}),
+        "one_bit.png": (rgb.convert("1"), {}),
+        "lossless.webp": (rgb, dict(lossless=True)),
+        "lossy.webp": (rgb, dict(quality=95)),
+        "rgb.bmp": (rgb, {}),
+        "palette.bmp": (rgb.quantize(16), {}),
+    }
+    for name, (img, options) in small.items():
+        img.save(folder / name, **options)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter: must not be applied
+    rgb.save(folder / "exif_turned.jpg", quality=90, exif=exif)
+    # the same CMYK file with the transform byte of its Adobe segment set to 2 is a YCCK file
+    cmyk = bytearray((folder / "cmyk.jpg").read_bytes())
+    cmyk[cmyk.index(b"Adobe") + 11] = 2
+    (folder / "ycck.jpg").write_bytes(bytes(cmyk))
+    alpha = Image.fromarray(np.asarray(picture(3, 18, 23))[:, :, 0])
+    rgba = rgb.copy(); rgba.putalpha(alpha)
+    rgba.save(folder / "rgba.png"); rgba.save(folder / "rgba.webp", lossless=True, exact=True)
+    grey_alpha = rgb.convert("L"); grey_alpha.putalpha(alpha); grey_alpha.save(folder / "grey_alpha.png")
+    palette = rgb.quantize(16); palette.save(folder / "palette_transparent.png", transparency=3)
+    grey16 = Image.fromarray((np.asarray(rgb.convert("L")).astype(np.uint16) * 257 + np.arange(23, dtype=np.uint16) * 4) & 0xFFFF)
+    grey16.save(folder / "grey16.png")
+    for path in sorted(folder.iterdir()):
+        if path.name.endswith(".expected.png"):
+            continue
+        img = Image.open(path)
+        if path.name == "grey16.png":
+            grey = (np.asarray(grey16).astype(np.int64) + 128) // 257
+            img = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        elif img.mode in ("RGBA", "LA") or "transparency" in img.info:
+            pixels = np.asarray(img.convert("RGBA")).astype(np.int64)
+            over = (pixels[..., :3] * pixels[..., 3:] + 255 * (255 - pixels[..., 3:]) + 127) // 255
+            img = Image.fromarray(over.astype(np.uint8))
+        img.convert("RGB").save(folder / f"{path.name}.expected.png", optimize=True)
+
+
+def main():
+    torch.manual_seed(0); rng = random.Random(0)
+    sizes = [(0, 90, 120), (1, 150, 97), (2, 300, 60), (3, 1, 1), (4, 400, 3), (5, 3, 400), (6, 53, 37), (8, 333, 500), (9, 700, 260)]
+    pictures = {seed: picture(seed, h, w) for seed, h, w in sizes}
+    views = []
+    for order in ("pillow13", "horizontal"):
+        for seed, img in pictures.items():
+            for recipe, draws in (("moco-v2", 6 if order == "pillow13" else 3), ("linear-train", 2), ("eval-center", 1)):
+                for size in ([224, 96, 33] * 2)[:draws]:
+                    if seed in (4, 5) and recipe == "eval-center":
+                        size = 33
+                    views.append({"picture": seed, **view(rng, recipe, order, img, size)})
+    steps = []
+    for seed in (0, 9):
+        for name in STEPS[:3]:
+            for value in (0.6, 0.8, 1.1, 1.2, 0.0, 0.3, 1.0, 1.7, 3.0):
+                steps.append([seed, name, f32(value), crc(np.asarray(step(name, pictures[seed], f32(value))))])
+        for value in (-0.5, -0.1, -0.03, 0.0, 0.002, 0.1, 0.37, 0.5):
+            steps.append([seed, "hue", f32(value), crc(np.asarray(step("hue", pictures[seed], f32(value))))])
+        for value in (0.1, 0.7, 1.414, 1.415, 2.0, 3.3, 17.0):
+            steps.append([seed, "blur", f32(value), crc(np.asarray(step("blur", pictures[seed], f32(value))))])
+        for value in (0, 1, 100, 128, 255):
+            steps.append([seed, "solarize", value, crc(np.asarray(step("solarize", pictures[seed], value)))])
+        steps.append([seed, "grayscale", 0, crc(np.asarray(step("grayscale", pictures[seed], 0)))])
+    parts = [f'"made_with": {json.dumps(f"Pillow {PIL.__version__}, torchvision {torchvision.__version__}, seed 0")}']
+    for name, rows in (("pictures", [[s, h, w, crc(np.asarray(pictures[s]))] for s, h, w in sizes]), ("views", views), ("steps", steps)):
+        parts.append(f'"{name}": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]")
+    (HERE / "transforms.json").write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    decode_files(HERE / "images")
+
+
+if __name__ == "__main__":
+    main()
