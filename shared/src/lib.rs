@@ -13,6 +13,9 @@ pub mod shard;
 pub mod embedding;
 pub mod weights;
 pub mod transforms;
+pub mod data_loader;
+pub mod checkpoint;
+pub mod logging;
 pub mod progress;
 pub mod cli;
 
