@@ -18,5 +18,11 @@ pub mod checkpoint;
 pub mod logging;
 pub mod progress;
 pub mod cli;
+pub mod ops;
+pub mod models;
+pub mod losses;
+pub mod optim;
+pub mod schedule;
+pub mod metrics;
 
 pub use error::{Error, Fault, Result};

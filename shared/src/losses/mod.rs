@@ -1,0 +1,13 @@
+//! The two terms of the objective: contrast against a queue, and agreement with the teacher.
+//!
+//! The total of DisCo, as this project computes it, is
+//! `info_nce(q, k, queue) + distill_weight * (distillation(s_q, t_q) + distillation(s_k, t_k))` with `distill_weight` 32 by
+//! default. Both terms are means over the batch, so gradients do not depend on its size. The official code *sums* the squared
+//! distance over the 32 samples of a GPU and then averages gradients over GPUs, which for any number of GPUs of 32 samples each
+//! is 32 times the mean over all samples: the same gradient.
+
+mod distillation;
+mod info_nce;
+
+pub use distillation::distillation;
+pub use info_nce::{InfoNce, info_nce};

@@ -1,0 +1,244 @@
+//! Networks, written in the blocks of [`crate::ops`], with the tensor names of torchvision and timm.
+//!
+//! An [`Encoder`] is a backbone with or without a projection head. Features are the pooled rows before the head, embeddings
+//! the rows of unit length after it.
+
+mod resnet;
+
+use std::fmt;
+use std::str::FromStr;
+
+use candle_core::{Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+use crate::ops::{self, Builder, Engine, Mode, ParameterStore, Pass, ProjectionHead};
+use crate::{Error, Result};
+use resnet::ResNet;
+
+/// The architecture of a backbone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+#[value(rename_all = "lower")]
+#[non_exhaustive]
+pub enum Arch {
+    /// 11.2 million parameters, 512 features.
+    ResNet18,
+    /// 21.3 million parameters, 512 features.
+    ResNet34,
+    /// 23.5 million parameters, 2048 features.
+    ResNet50,
+    /// 42.5 million parameters, 2048 features.
+    ResNet101,
+    /// 58.1 million parameters, 2048 features.
+    ResNet152,
+}
+
+impl Arch {
+    /// All architectures.
+    pub const ALL: [Self; 5] = [Self::ResNet18, Self::ResNet34, Self::ResNet50, Self::ResNet101, Self::ResNet152];
+
+    /// The name in flags, files and timm: `resnet18`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::ResNet18 => "resnet18",
+            Self::ResNet34 => "resnet34",
+            Self::ResNet50 => "resnet50",
+            Self::ResNet101 => "resnet101",
+            Self::ResNet152 => "resnet152",
+        }
+    }
+
+    /// `F`, the width of the pooled features.
+    pub fn feature_width(self) -> usize {
+        match self {
+            Self::ResNet18 | Self::ResNet34 => 512,
+            Self::ResNet50 | Self::ResNet101 | Self::ResNet152 => 2048,
+        }
+    }
+}
+
+impl fmt::Display for Arch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Arch {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|arch| arch.name() == name).ok_or_else(|| {
+            let known: Vec<&str> = Self::ALL.iter().map(|arch| arch.name()).collect();
+            Error::usage(format!("`{name}` is no known architecture, these are: {}", known.join(", ")))
+        })
+    }
+}
+
+/// The widths of a projection head: linear, `ReLU`, linear, named `fc.0` and `fc.2` as `MoCo` v2's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HeadConfig {
+    /// Between the two layers.
+    pub hidden: usize,
+    /// `D`.
+    pub embedding_dim: usize,
+}
+
+/// The names and file shapes of all tensors of a model, in order, without making it: to recognise a checkpoint.
+///
+/// # Errors
+/// Only if a tensor operation fails.
+pub fn names_and_shapes(arch: Arch, head: Option<HeadConfig>) -> Result<Vec<(String, Vec<usize>)>> {
+    let mut builder = Builder::describing();
+    Layers::new(&mut builder, arch, head)?;
+    Ok(builder.finish(0)?.names_and_shapes())
+}
+
+#[derive(Debug, Clone)]
+struct Layers {
+    backbone: ResNet,
+    head: Option<ProjectionHead>,
+}
+
+impl Layers {
+    fn new(builder: &mut Builder, arch: Arch, head: Option<HeadConfig>) -> Result<Self> {
+        let backbone = ResNet::new(builder, arch)?;
+        let head = match head {
+            Some(config) => Some(ProjectionHead {
+                hidden: builder.linear("fc.0", arch.feature_width(), config.hidden)?,
+                output: builder.linear("fc.2", config.hidden, config.embedding_dim)?,
+            }),
+            None => None,
+        };
+        Ok(Self { backbone, head })
+    }
+}
+
+/// A backbone and perhaps a projection head, with their parameters.
+///
+/// # Examples
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use shared::models::{Arch, Encoder, HeadConfig};
+/// use shared::ops::Mode;
+///
+/// let encoder = Encoder::new(Arch::ResNet18, Some(HeadConfig { hidden: 64, embedding_dim: 16 }), 7)?;
+/// let xs = Tensor::zeros((2, 32, 32, 3), DType::F32, &Device::Cpu)?;
+/// assert_eq!(encoder.features(&xs, Mode::Eval)?.dims(), [2, 512]);
+/// assert_eq!(encoder.embeddings(&xs, Mode::Eval)?.dims(), [2, 16]);
+/// # Ok::<(), shared::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Encoder {
+    arch: Arch,
+    head: Option<HeadConfig>,
+    layers: Layers,
+    store: ParameterStore,
+    engine: Engine,
+    trainable: bool,
+}
+
+impl Encoder {
+    /// An encoder on the CPU with freshly drawn parameters, a function of the seed.
+    ///
+    /// # Errors
+    /// Only if a tensor operation fails.
+    pub fn new(arch: Arch, head: Option<HeadConfig>, seed: u64) -> Result<Self> {
+        Self::on_device(arch, head, seed, &Device::Cpu)
+    }
+
+    /// As [`Encoder::new`], on a device.
+    ///
+    /// # Errors
+    /// Only if a tensor operation fails.
+    pub fn on_device(arch: Arch, head: Option<HeadConfig>, seed: u64, device: &Device) -> Result<Self> {
+        let mut builder = Builder::new(device);
+        let layers = Layers::new(&mut builder, arch, head)?;
+        let store = builder.finish(seed)?;
+        Ok(Self { arch, head, layers, store, engine: Engine::for_device(device), trainable: true })
+    }
+
+    /// The same encoder computed by another engine.
+    #[must_use]
+    pub fn with_engine(mut self, engine: Engine) -> Self {
+        self.engine = engine;
+        self
+    }
+
+    /// A copy with parameters of its own that never records gradients: the momentum encoder, or a frozen teacher.
+    ///
+    /// # Errors
+    /// Only if a tensor operation fails.
+    pub fn momentum_copy(&self) -> Result<Self> {
+        let mut builder = Builder::new(self.device());
+        let layers = Layers::new(&mut builder, self.arch, self.head)?;
+        let store = builder.finish_zeroed();
+        store.copy_from(&self.store)?;
+        Ok(Self { layers, store, trainable: false, ..*self })
+    }
+
+    /// The architecture of the backbone.
+    pub fn arch(&self) -> Arch {
+        self.arch
+    }
+
+    /// The widths of the head, if there is one.
+    pub fn head(&self) -> Option<HeadConfig> {
+        self.head
+    }
+
+    /// The engine that computes.
+    pub fn engine(&self) -> Engine {
+        self.engine
+    }
+
+    /// Where the parameters are.
+    pub fn device(&self) -> &Device {
+        self.store.parameters().next().map_or(&Device::Cpu, |(_, parameter)| parameter.var().device())
+    }
+
+    /// The parameters and buffers.
+    pub fn store(&self) -> &ParameterStore {
+        &self.store
+    }
+
+    /// The names of the tensors that are not the head's: what an exported student holds.
+    pub fn is_backbone_tensor(name: &str) -> bool {
+        !name.starts_with("fc.")
+    }
+
+    /// Pooled features, before the head.
+    ///
+    /// In [`Mode::Train`] the running statistics move and, unless this is a momentum copy, a backward pass can follow.
+    ///
+    /// # Shapes
+    /// - `xs`: `(B, H, W, 3)` f32, normalised images
+    /// - returns: `(B, F)` f32
+    ///
+    /// # Errors
+    /// `Error::Shape` for another shape; `Error::Invalid` when the batch cannot be cut into the batch norm groups.
+    pub fn features(&self, xs: &Tensor, mode: Mode) -> Result<Tensor> {
+        self.layers.backbone.forward(xs, &self.pass(mode))
+    }
+
+    /// Embeddings: the head applied to the features, rows of unit length.
+    ///
+    /// # Shapes
+    /// - `xs`: `(B, H, W, 3)` f32, normalised images
+    /// - returns: `(B, D)` f32, rows of unit length
+    ///
+    /// # Errors
+    /// As [`Encoder::features`]; `Error::Invalid` when the encoder has no head.
+    pub fn embeddings(&self, xs: &Tensor, mode: Mode) -> Result<Tensor> {
+        let Some(head) = &self.layers.head else {
+            return Err(Error::invalid("the model has no projection head, so it has no embeddings", ""));
+        };
+        let pass = self.pass(mode);
+        let features = self.layers.backbone.forward(xs, &pass)?;
+        ops::l2_normalise(&ops::projection_head(&features, head, &pass)?, &pass)
+    }
+
+    fn pass(&self, mode: Mode) -> Pass {
+        Pass { mode, record: self.trainable && mode != Mode::Eval, engine: self.engine }
+    }
+}

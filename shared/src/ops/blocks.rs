@@ -1,0 +1,226 @@
+//! The blocks that models are written in, each handed to the engine of the pass.
+
+use candle_core::Tensor;
+
+use super::parameter::{Activation, BasicBlock, Bottleneck, ConvBn, Linear, ProjectionHead, Stem};
+use super::{Engine, Pass, cpu, reference, shape_error};
+use crate::Result;
+
+/// Convolution, batch norm, the sum with `residual` if there is one, activation.
+///
+/// # Shapes
+/// - `xs`: `(B, H, W, in)` f32
+/// - `residual`: `(B, H', W', out)` f32, the shape of the result
+/// - returns: `(B, H', W', out)` f32
+///
+/// # Errors
+/// `Error::Shape` for inputs of another shape; `Error::Invalid` when the batch cannot be cut into the groups of `pass`.
+pub fn conv_bn(
+    xs: &Tensor,
+    params: &ConvBn,
+    residual: Option<&Tensor>,
+    act: Activation,
+    pass: &Pass,
+) -> Result<Tensor> {
+    match pass.engine {
+        Engine::Reference => reference::conv_bn(xs, params, residual, act, pass),
+        Engine::Cpu => cpu::block::conv_bn(xs, params, residual, act, pass),
+    }
+}
+
+/// The first layers of a residual network.
+///
+/// # Shapes
+/// - `xs`: `(B, H, W, 3)` f32, normalised images
+/// - returns: `(B, H/4, W/4, C)` f32, sides rounded up twice
+///
+/// # Errors
+/// As [`conv_bn`].
+pub fn stem(xs: &Tensor, params: &Stem, pass: &Pass) -> Result<Tensor> {
+    let xs = conv_bn(xs, &params.conv, None, Activation::Relu, pass)?;
+    max_pool(&xs, pass)
+}
+
+/// Two 3x3 convolutions around a shortcut.
+///
+/// # Shapes
+/// - `xs`: `(B, H, W, in)` f32
+/// - returns: `(B, H', W', out)` f32
+///
+/// # Errors
+/// As [`conv_bn`].
+pub fn basic_block(xs: &Tensor, params: &BasicBlock, pass: &Pass) -> Result<Tensor> {
+    let shortcut = shortcut(xs, params.downsample.as_ref(), pass)?;
+    let xs = conv_bn(xs, &params.conv1, None, Activation::Relu, pass)?;
+    conv_bn(&xs, &params.conv2, Some(&shortcut), Activation::Relu, pass)
+}
+
+/// 1x1, 3x3 and 1x1 convolutions around a shortcut.
+///
+/// # Shapes
+/// - `xs`: `(B, H, W, in)` f32
+/// - returns: `(B, H', W', out)` f32
+///
+/// # Errors
+/// As [`conv_bn`].
+pub fn bottleneck(xs: &Tensor, params: &Bottleneck, pass: &Pass) -> Result<Tensor> {
+    let shortcut = shortcut(xs, params.downsample.as_ref(), pass)?;
+    let xs = conv_bn(xs, &params.conv1, None, Activation::Relu, pass)?;
+    let xs = conv_bn(&xs, &params.conv2, None, Activation::Relu, pass)?;
+    conv_bn(&xs, &params.conv3, Some(&shortcut), Activation::Relu, pass)
+}
+
+fn shortcut(xs: &Tensor, downsample: Option<&ConvBn>, pass: &Pass) -> Result<Tensor> {
+    match downsample {
+        Some(params) => conv_bn(xs, params, None, Activation::Identity, pass),
+        None => Ok(xs.clone()),
+    }
+}
+
+/// 3x3 max pool of stride 2 with padding 1.
+///
+/// # Shapes
+/// - `xs`: `(B, H, W, C)` f32
+/// - returns: `(B, (H + 1) / 2, (W + 1) / 2, C)` f32
+///
+/// # Errors
+/// `Error::Shape` when `xs` is not of rank 4.
+pub fn max_pool(xs: &Tensor, pass: &Pass) -> Result<Tensor> {
+    match pass.engine {
+        Engine::Reference => reference::max_pool(xs),
+        Engine::Cpu => cpu::layers::max_pool(xs),
+    }
+}
+
+/// The mean over all pixels.
+///
+/// # Shapes
+/// - `xs`: `(B, H, W, C)` f32
+/// - returns: `(B, C)` f32
+///
+/// # Errors
+/// `Error::Shape` when `xs` is not of rank 4.
+pub fn global_average_pool(xs: &Tensor, pass: &Pass) -> Result<Tensor> {
+    match pass.engine {
+        Engine::Reference => reference::global_average_pool(xs),
+        Engine::Cpu => cpu::layers::global_average_pool(xs),
+    }
+}
+
+/// `act(xs weight + bias)`.
+///
+/// # Shapes
+/// - `xs`: `(B, in)` f32
+/// - returns: `(B, out)` f32
+///
+/// # Errors
+/// `Error::Shape` when `xs` has another width.
+pub fn linear(xs: &Tensor, params: &Linear, act: Activation, pass: &Pass) -> Result<Tensor> {
+    match pass.engine {
+        Engine::Reference => reference::linear(xs, params, act, pass),
+        Engine::Cpu => cpu::layers::linear(xs, params, act, pass),
+    }
+}
+
+/// The projection head: linear, `ReLU`, linear. Its rows are not of unit length yet.
+///
+/// # Shapes
+/// - `xs`: `(B, F)` f32
+/// - returns: `(B, D)` f32
+///
+/// # Errors
+/// `Error::Shape` when `xs` has another width.
+pub fn projection_head(xs: &Tensor, params: &ProjectionHead, pass: &Pass) -> Result<Tensor> {
+    let xs = linear(xs, &params.hidden, Activation::Relu, pass)?;
+    linear(&xs, &params.output, Activation::Identity, pass)
+}
+
+/// Rows divided by their L2 norm, or by 1e-12 where the norm is smaller.
+///
+/// # Shapes
+/// - `xs`: `(B, D)` f32
+/// - returns: `(B, D)` f32, rows of unit length
+///
+/// # Errors
+/// `Error::Shape` when `xs` is not of rank 2.
+pub fn l2_normalise(xs: &Tensor, pass: &Pass) -> Result<Tensor> {
+    match pass.engine {
+        Engine::Reference => reference::l2_normalise(xs),
+        Engine::Cpu => cpu::layers::l2_normalise(xs),
+    }
+}
+
+/// Cross entropy of `[q . k, q . queue] / temperature` against the first, mean over the batch, and the percentage of rows
+/// whose first logit is the largest. Only `q` gets a gradient. [`crate::losses::info_nce`] is the documented loss.
+///
+/// # Shapes
+/// - `q`, `k`: `(B, D)` f32
+/// - `queue`: `(K, D)` f32, `K > 0`
+/// - returns: two f32 scalars
+///
+/// # Errors
+/// `Error::Shape` when the three do not fit together.
+pub fn info_nce(q: &Tensor, k: &Tensor, queue: &Tensor, temperature: f64, engine: Engine) -> Result<(Tensor, Tensor)> {
+    let (batch, width) = match *q.dims() {
+        [batch, width] if batch > 0 => (batch, width),
+        _ => return Err(shape_error("info_nce query", "(B, D)", q)),
+    };
+    if k.dims() != [batch, width] {
+        return Err(shape_error("info_nce key", format!("({batch}, {width})"), k));
+    }
+    if !matches!(*queue.dims(), [length, found] if found == width && length > 0) {
+        return Err(shape_error("info_nce queue", format!("(K, {width})"), queue));
+    }
+    match engine {
+        Engine::Reference => reference::info_nce(q, k, queue, temperature),
+        Engine::Cpu => cpu::layers::info_nce(q, k, queue, temperature),
+    }
+}
+
+/// One step of stochastic gradient descent, in place: `momentum = factor * momentum + gradient + weight_decay * parameter`,
+/// then `parameter -= lr * momentum`.
+///
+/// # Errors
+/// Tensors of different shapes.
+pub fn sgd_in_place(
+    parameter: &Tensor,
+    gradient: &Tensor,
+    momentum: &Tensor,
+    factor: f64,
+    weight_decay: f64,
+    lr: f64,
+) -> Result<()> {
+    same_shape("sgd gradient", parameter, gradient)?;
+    same_shape("sgd momentum", parameter, momentum)?;
+    match Engine::for_device(parameter.device()) {
+        Engine::Reference => reference::sgd(parameter, gradient, momentum, factor, weight_decay, lr),
+        Engine::Cpu => cpu::update::sgd(parameter, &gradient.contiguous()?, momentum, factor, weight_decay, lr),
+    }
+}
+
+/// `key = momentum * key + (1 - momentum) * query`, in place.
+///
+/// # Errors
+/// Tensors of different shapes.
+pub fn ema_in_place(key: &Tensor, query: &Tensor, momentum: f64) -> Result<()> {
+    same_shape("ema", key, query)?;
+    match Engine::for_device(key.device()) {
+        Engine::Reference => reference::ema(key, query, momentum),
+        Engine::Cpu => cpu::update::ema(key, query, momentum),
+    }
+}
+
+/// `sum += value`, in place.
+pub(super) fn add_in_place(sum: &Tensor, value: &Tensor) -> Result<()> {
+    match Engine::for_device(sum.device()) {
+        Engine::Reference => reference::add(sum, value),
+        Engine::Cpu => cpu::update::add(sum, value),
+    }
+}
+
+fn same_shape(op: &'static str, expected: &Tensor, got: &Tensor) -> Result<()> {
+    if expected.dims() == got.dims() {
+        return Ok(());
+    }
+    Err(shape_error(op, format!("{:?}", expected.dims()), got))
+}

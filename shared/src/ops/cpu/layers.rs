@@ -1,0 +1,224 @@
+//! The smaller operations as candle custom operations: pools, linear layers, unit rows, the contrastive loss.
+
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Device, Layout, Shape, Tensor};
+
+use super::block::deposit;
+use super::gemm::View;
+use super::pool::{self, MaxPool};
+use super::rows::{self, InfoNceResult};
+use super::{Saved, anchor, slice, values, with_values};
+use crate::Result;
+use crate::ops::{Activation, Linear, Pass, shape_error};
+
+const MAX_POOL: &str = "max_pool";
+const AVERAGE_POOL: &str = "global_average_pool";
+const LINEAR: &str = "linear";
+const NORMALISE: &str = "l2_normalise";
+const INFO_NCE: &str = "info_nce";
+
+/// See [`crate::ops::max_pool`].
+pub(in crate::ops) fn max_pool(xs: &Tensor) -> Result<Tensor> {
+    let (batch, height, width, channels) = xs.dims4().map_err(|_wrong| shape_error(MAX_POOL, "(B, H, W, C)", xs))?;
+    let pool = MaxPool { batch, height, width, channels };
+    Ok(xs.contiguous()?.apply_op1(MaxPoolOp { pool, winners: Saved::empty() })?)
+}
+
+#[derive(Debug)]
+struct MaxPoolOp {
+    pool: MaxPool,
+    winners: Saved<Vec<u8>>,
+}
+
+impl CustomOp1 for MaxPoolOp {
+    fn name(&self) -> &'static str {
+        MAX_POOL
+    }
+
+    fn cpu_fwd(&self, xs: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (out, winners) = self.pool.forward(slice(xs, layout)?);
+        self.winners.put(winners);
+        let shape = (self.pool.batch, self.pool.output_height(), self.pool.output_width(), self.pool.channels);
+        Ok((CpuStorage::F32(out), shape.into()))
+    }
+
+    fn bwd(&self, xs: &Tensor, _out: &Tensor, dout: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let winners = self.winners.take(MAX_POOL)?;
+        let dxs = with_values(&dout.contiguous()?, |dout| Ok(self.pool.backward(&winners, dout)))?;
+        Ok(Some(Tensor::from_vec(dxs, xs.shape(), xs.device())?))
+    }
+}
+
+/// See [`crate::ops::global_average_pool`].
+pub(in crate::ops) fn global_average_pool(xs: &Tensor) -> Result<Tensor> {
+    xs.dims4().map_err(|_wrong| shape_error(AVERAGE_POOL, "(B, H, W, C)", xs))?;
+    Ok(xs.contiguous()?.apply_op1(AveragePoolOp)?)
+}
+
+#[derive(Debug)]
+struct AveragePoolOp;
+
+impl CustomOp1 for AveragePoolOp {
+    fn name(&self) -> &'static str {
+        AVERAGE_POOL
+    }
+
+    fn cpu_fwd(&self, xs: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (batch, height, width, channels) = layout.shape().dims4()?;
+        let out = pool::average(slice(xs, layout)?, height * width, channels);
+        Ok((CpuStorage::F32(out), (batch, channels).into()))
+    }
+
+    fn bwd(&self, xs: &Tensor, _out: &Tensor, dout: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let (_, height, width, channels) = xs.dims4()?;
+        let gradient = |dout: &[f32]| Ok(pool::average_gradient(dout, height * width, channels));
+        Ok(Some(Tensor::from_vec(with_values(&dout.contiguous()?, gradient)?, xs.shape(), xs.device())?))
+    }
+}
+
+/// See [`crate::ops::linear`].
+pub(in crate::ops) fn linear(xs: &Tensor, params: &Linear, act: Activation, pass: &Pass) -> Result<Tensor> {
+    let (inputs, outputs) = params.weight.var().dims2()?;
+    let rows = match *xs.dims() {
+        [rows, width] if width == inputs => rows,
+        _ => return Err(shape_error(LINEAR, format!("(B, {inputs})"), xs)),
+    };
+    let op = LinearOp { params: params.clone(), act, rows, inputs, outputs };
+    let xs = xs.contiguous()?;
+    if pass.record {
+        return Ok(xs.apply_op2(&anchor()?, op)?);
+    }
+    let out = with_values(&xs, |xs| op.forward(xs))?;
+    Ok(Tensor::from_vec(out, (rows, outputs), &Device::Cpu)?)
+}
+
+#[derive(Debug)]
+struct LinearOp {
+    params: Linear,
+    act: Activation,
+    rows: usize,
+    inputs: usize,
+    outputs: usize,
+}
+
+impl LinearOp {
+    fn forward(&self, xs: &[f32]) -> candle_core::Result<Vec<f32>> {
+        let bias = values(self.params.bias.var())?;
+        let sizes = [self.rows, self.outputs, self.inputs];
+        let mut out = with_values(self.params.weight.var(), |weight| {
+            let (xs, weight) = (View::rows(xs, self.inputs), View::rows(weight, self.outputs));
+            Ok(rows::product_by_columns(sizes, xs, weight, Some(&bias)))
+        })?;
+        if self.act == Activation::Relu {
+            for x in &mut out {
+                *x = if *x < 0.0 { 0.0 } else { *x };
+            }
+        }
+        Ok(out)
+    }
+}
+
+impl CustomOp2 for LinearOp {
+    fn name(&self) -> &'static str {
+        LINEAR
+    }
+
+    fn cpu_fwd(
+        &self,
+        xs: &CpuStorage,
+        layout: &Layout,
+        _anchor: &CpuStorage,
+        _anchor_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(self.forward(slice(xs, layout)?)?), (self.rows, self.outputs).into()))
+    }
+
+    fn bwd(
+        &self,
+        xs: &Tensor,
+        _anchor: &Tensor,
+        out: &Tensor,
+        dout: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+        let dout = dout.contiguous()?;
+        let masked = with_values(&dout, |dout| with_values(out, |out| Ok(super::norm::mask(dout, out, self.act))))?;
+        let gradient = View::rows(&masked, self.outputs);
+        deposit(&self.params.bias, rows::column_sums(&masked, self.outputs))?;
+        let dweight = with_values(xs, |xs| {
+            let sizes = [self.inputs, self.outputs, self.rows];
+            Ok(rows::product_by_columns(sizes, View::rows(xs, self.inputs).t(), gradient, None))
+        })?;
+        deposit(&self.params.weight, dweight)?;
+        if !xs.track_op() {
+            return Ok((None, None));
+        }
+        let dxs = with_values(self.params.weight.var(), |weight| {
+            let sizes = [self.rows, self.inputs, self.outputs];
+            Ok(rows::product_by_columns(sizes, gradient, View::rows(weight, self.outputs).t(), None))
+        })?;
+        Ok((Some(Tensor::from_vec(dxs, xs.shape(), xs.device())?), None))
+    }
+}
+
+/// See [`crate::ops::l2_normalise`].
+pub(in crate::ops) fn l2_normalise(xs: &Tensor) -> Result<Tensor> {
+    xs.dims2().map_err(|_wrong| shape_error(NORMALISE, "(B, D)", xs))?;
+    Ok(xs.contiguous()?.apply_op1(NormaliseOp)?)
+}
+
+#[derive(Debug)]
+struct NormaliseOp;
+
+impl CustomOp1 for NormaliseOp {
+    fn name(&self) -> &'static str {
+        NORMALISE
+    }
+
+    fn cpu_fwd(&self, xs: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (_, width) = layout.shape().dims2()?;
+        Ok((CpuStorage::F32(rows::normalise(slice(xs, layout)?, width)), layout.shape().clone()))
+    }
+
+    fn bwd(&self, xs: &Tensor, out: &Tensor, dout: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let width = xs.dim(1)?;
+        let dout = values(&dout.contiguous()?)?;
+        let dxs = with_values(xs, |xs| with_values(out, |out| Ok(rows::normalise_gradient(xs, out, &dout, width))))?;
+        Ok(Some(Tensor::from_vec(dxs, xs.shape(), xs.device())?))
+    }
+}
+
+/// See [`crate::ops::info_nce`]: the loss and the percentage of rows whose positive wins.
+pub(in crate::ops) fn info_nce(q: &Tensor, k: &Tensor, queue: &Tensor, temperature: f64) -> Result<(Tensor, Tensor)> {
+    let (batch, width) = q.dims2()?;
+    let (k, queue) = (k.contiguous()?, queue.contiguous()?);
+    let result = with_values(&q.contiguous()?, |q| {
+        with_values(&k, |k| with_values(&queue, |queue| Ok(rows::info_nce(q, k, queue, width, temperature, true))))
+    })?;
+    let InfoNceResult { loss, correct, dqueries } = result;
+    let dqueries = Tensor::from_vec(dqueries, (batch, width), &Device::Cpu)?;
+    let loss = q.apply_op1(InfoNceOp { loss: loss as f32, dqueries })?;
+    let top1 = Tensor::new((100.0 * correct as f64 / batch as f64) as f32, &Device::Cpu)?;
+    debug_assert_eq!(loss.dtype(), DType::F32);
+    Ok((loss, top1))
+}
+
+/// Hands over what was computed together: the loss forward, its gradient backward.
+#[derive(Debug)]
+struct InfoNceOp {
+    loss: f32,
+    dqueries: Tensor,
+}
+
+impl CustomOp1 for InfoNceOp {
+    fn name(&self) -> &'static str {
+        INFO_NCE
+    }
+
+    fn cpu_fwd(&self, _q: &CpuStorage, _layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![self.loss]), ().into()))
+    }
+
+    fn bwd(&self, _q: &Tensor, _out: &Tensor, dout: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let factor = f64::from(dout.to_scalar::<f32>()?);
+        Ok(Some(self.dqueries.affine(factor, 0.0)?))
+    }
+}

@@ -1,0 +1,102 @@
+//! Every heavy operation and the memory layout: models call blocks and never see axes.
+//!
+//! Activations are `(B, H, W, C)` f32 and contiguous. A block is a function `block(xs, &Params, &Pass) -> Tensor`: `Params`
+//! is a struct of [`Parameter`] handles that owns *all* of the block's weights ([`ConvBn`], [`BasicBlock`], ...), and [`Pass`]
+//! says how to run it: the [`Mode`] of batch norm, whether gradients are recorded, and the [`Engine`] that computes.
+//!
+//! 1. **One block, one graph node.** An engine may run a block as one candle custom op with its own backward, or as many;
+//!    the caller cannot tell. [`Engine::Reference`] composes plain candle operations and is the oracle in tests.
+//! 2. **Gradients of parameters are deposited, not returned.** A custom op has at most three inputs, a block has many
+//!    parameters. An op therefore captures its `Params` and in its backward calls [`Parameter::deposit`], which adds to the
+//!    parameter's slot; its graph inputs are the activations and an *anchor*, a scalar variable that makes candle record the
+//!    node even where the activations themselves need no gradient (the first layer: no `dX` is computed there).
+//! 3. **Collected once.** [`ParameterStore::backward`] empties the slots, runs candle's backward, then joins what was
+//!    deposited with what candle itself tracked (reference operations use the variables), into [`Gradients`] by name.
+//! 4. **Files keep PyTorch's layout, memory keeps the op's**: convolutions `[kh, kw, in, out]`, linear `[in, out]`;
+//!    [`ParameterStore`] converts at its border and nobody else does.
+//! 5. **Deterministic.** Work is cut into pieces by shape alone, partial sums are added in piece order: the same bits at any
+//!    thread count (on one kind of machine: vector widths differ between CPU generations, and so does rounding).
+//!
+//! A new device or a fused block is a new arm in `blocks.rs`, nothing else.
+
+mod allocator;
+mod blocks;
+mod cpu;
+mod parameter;
+pub mod reference;
+mod store;
+
+pub use allocator::tune_allocator;
+pub use blocks::{
+    basic_block, bottleneck, conv_bn, ema_in_place, global_average_pool, info_nce, l2_normalise, linear, max_pool,
+    projection_head, sgd_in_place, stem,
+};
+pub use parameter::{
+    Activation, BasicBlock, BatchNorm, Bottleneck, Conv2d, ConvBn, Geometry, Init, Linear, Parameter, ProjectionHead,
+    Stem, WeightLayout,
+};
+pub use store::{Builder, Gradients, ParameterStore};
+
+use candle_core::{Device, Tensor};
+
+/// The variance offset of every batch norm, PyTorch's default.
+pub const BATCH_NORM_EPS: f64 = 1e-5;
+/// The weight of new statistics in the running ones, PyTorch's default.
+pub const BATCH_NORM_MOMENTUM: f64 = 0.1;
+
+/// How batch norm gets its statistics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Running statistics; nothing is recorded for a backward pass.
+    Eval,
+    /// Batch statistics, and the running buffers move.
+    Train {
+        /// The batch is cut into this many contiguous groups of equal size, each with its own statistics, as if each ran
+        /// on a device of its own. The buffers take one step per forward pass, towards the mean over the groups.
+        bn_groups: usize,
+    },
+}
+
+/// Which implementation computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Engine {
+    /// Plain candle operations, any device.
+    Reference,
+    /// Own kernels over channels-last f32 on the CPU.
+    Cpu,
+}
+
+/// How a forward pass is run.
+#[derive(Debug, Clone, Copy)]
+pub struct Pass {
+    /// Batch norm statistics.
+    pub mode: Mode,
+    /// Whether a backward pass will follow.
+    pub record: bool,
+    /// The implementation.
+    pub engine: Engine,
+}
+
+impl Engine {
+    /// The fastest engine for a device.
+    pub fn for_device(device: &Device) -> Self {
+        if device.is_cpu() { Self::Cpu } else { Self::Reference }
+    }
+}
+
+/// Runs `f` on a pool of exactly `threads` threads: what `--threads` means for all operations here.
+///
+/// # Errors
+/// `Error::Invalid` when the system cannot start the threads.
+pub fn with_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> crate::Result<R> {
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build()
+        .map_err(|error| crate::Error::invalid(format!("cannot start {threads} threads: {error}"), ""))?;
+    Ok(pool.install(f))
+}
+
+/// An [`crate::Error::Shape`] for a tensor that does not fit an operation.
+fn shape_error(op: &'static str, expected: impl Into<String>, got: &Tensor) -> crate::Error {
+    crate::Error::Shape { op, expected: expected.into(), got: format!("{:?}", got.dims()) }
+}
