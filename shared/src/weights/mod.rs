@@ -4,10 +4,11 @@
 //! asks for: a small interpreter builds plain values, recognises the handful of calls that rebuild tensors, and notes
 //! every other one ([`Checkpoint::unknown_globals`]). The file is mapped, opening it reads descriptions only, and a
 //! tensor's numbers are read when [`Checkpoint::tensor`] asks for them. Every size is checked against the file before
-//! anything is allocated.
+//! anything is allocated. Which network a checkpoint belongs to is told by [`names`].
 
 mod dtype;
 mod layout;
+pub mod names;
 mod object;
 mod pickle;
 mod pth_legacy;
