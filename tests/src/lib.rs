@@ -1,5 +1,7 @@
 //! What the end-to-end tests share: small synthetic photos, and directories compared byte for byte.
 
+pub mod formula;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;

@@ -104,11 +104,11 @@ impl ParameterStore {
         let unexpected = tensors.keys().filter(|name| !self.entries.contains_key(*name)).cloned();
         let misshaped = self.entries.iter().filter_map(|(name, entry)| {
             let found = tensors.get(name)?.dims();
-            (found != entry.shape).then(|| format!("{name} (expected {:?}, found {found:?})", entry.shape))
+            (found != entry.shape).then(|| format!("`{name}` (expected {:?}, found {found:?})", entry.shape))
         });
         let faults: Vec<String> = [
-            listed("missing", missing.collect()),
-            listed("unexpected", unexpected.collect()),
+            listed("missing", missing.map(quoted).collect()),
+            listed("unexpected", unexpected.map(quoted).collect()),
             listed("of another shape", misshaped.collect()),
         ]
         .into_iter()
@@ -180,12 +180,16 @@ impl ParameterStore {
     }
 }
 
+fn quoted(name: String) -> String {
+    format!("`{name}`")
+}
+
 fn listed(what: &str, names: Vec<String>) -> Option<String> {
     if names.is_empty() {
         return None;
     }
     let rest = names.len().saturating_sub(NAMES_LISTED);
-    let shown: Vec<String> = names.iter().take(NAMES_LISTED).map(|name| format!("`{name}`")).collect();
+    let shown = &names[..names.len().min(NAMES_LISTED)];
     let more = if rest > 0 { format!(" and {rest} more") } else { String::new() };
     Some(format!("{} {what}: {}{more}", names.len(), shown.join(", ")))
 }
@@ -210,6 +214,12 @@ impl Gradients {
     /// All gradients, to be replaced in place (an all-reduce).
     pub fn iter_mut(&mut self) -> impl Iterator<Item = (&str, &mut Tensor)> {
         self.tensors.iter_mut().map(|(name, tensor)| (name.as_str(), tensor))
+    }
+}
+
+impl FromIterator<(String, Tensor)> for Gradients {
+    fn from_iter<I: IntoIterator<Item = (String, Tensor)>>(gradients: I) -> Self {
+        Self { tensors: gradients.into_iter().collect() }
     }
 }
 
