@@ -13,8 +13,6 @@ pub mod shard;
 pub mod embedding;
 pub mod transforms;
 pub mod data_loader;
-pub mod checkpoint;
-pub mod logging;
 pub mod progress;
 pub mod cli;
 pub mod ops;
@@ -24,5 +22,8 @@ pub mod losses;
 pub mod optim;
 pub mod schedule;
 pub mod metrics;
+pub mod checkpoint;
+pub mod logging;
+pub mod run;
 
 pub use error::{Error, Fault, Result};

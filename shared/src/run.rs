@@ -1,0 +1,279 @@
+//! Finished runs of `student-train`, for the stages that read them: what was trained, its weights, how the losses went.
+//!
+//! ```text
+//! manifest.json           details: [`RunDetails`]
+//! config.toml             the resolved options
+//! metrics.jsonl           [`StepMetrics`] after every step, [`EpochMetrics`] after every epoch
+//! timing.jsonl            how fast it went; differs from run to run, so the manifest does not list it
+//! checkpoints/            see [`crate::checkpoint`]; tensors `query.*`, `key.*`, `sgd.*`, `queue`
+//! student.safetensors     the backbone of the query encoder, names of torchvision and timm
+//! ```
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Fault, Result};
+use crate::logging::read_json_lines;
+use crate::manifest::{MANIFEST_FILE, Manifest, Stage};
+use crate::models::{Arch, Encoder, HeadConfig};
+use crate::tensor_file::TensorFile;
+
+/// File name of the exported backbone.
+pub const STUDENT_FILE: &str = "student.safetensors";
+/// File name of the losses.
+pub const METRICS_FILE: &str = "metrics.jsonl";
+/// File name of the speeds.
+pub const TIMING_FILE: &str = "timing.jsonl";
+/// File name of the resolved options.
+pub const CONFIG_FILE: &str = "config.toml";
+/// What the names of the query encoder's tensors begin with in a checkpoint.
+pub const QUERY_PREFIX: &str = "query.";
+
+/// What a run trains for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Objective {
+    /// Contrast alone: `MoCo` v2.
+    Pretrain,
+    /// Contrast and agreement with a teacher: `DisCo`.
+    Distill,
+}
+
+impl Objective {
+    /// The subcommand's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pretrain => "pretrain",
+            Self::Distill => "distill",
+        }
+    }
+}
+
+/// The losses of a step, or their means over an epoch.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct Losses {
+    /// The weighted sum that is minimised.
+    pub loss: f32,
+    /// The contrastive loss.
+    pub info_nce: f32,
+    /// Mean squared distance of student and teacher on the query's view, unweighted; none without a teacher.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub distill_q: Option<f32>,
+    /// As `distill_q`, on the key's view.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub distill_k: Option<f32>,
+    /// Percentage of queries that are closer to their own key than to all of the queue.
+    pub top1: f32,
+}
+
+/// A step's line in `metrics.jsonl`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct StepMetrics {
+    /// Steps done, this one included.
+    pub step: u64,
+    /// The epoch it belongs to, counted from 0.
+    pub epoch: u64,
+    /// The learning rate of the step.
+    pub lr: f64,
+    /// Its losses, before the step changed the parameters.
+    #[serde(flatten)]
+    pub losses: Losses,
+}
+
+/// Tells an epoch's line from a step's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EpochEvent {
+    /// The only kind there is.
+    Epoch,
+}
+
+/// An epoch's line in `metrics.jsonl`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct EpochMetrics {
+    /// Marks the line.
+    pub event: EpochEvent,
+    /// The epoch, counted from 0.
+    pub epoch: u64,
+    /// Steps done, the epoch included.
+    pub step: u64,
+    /// The learning rate of the epoch's last step.
+    pub lr: f64,
+    /// Means over its steps.
+    #[serde(flatten)]
+    pub losses: Losses,
+}
+
+/// How the losses of a run went.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Metrics {
+    /// Step by step.
+    pub steps: Vec<StepMetrics>,
+    /// Epoch by epoch.
+    pub epochs: Vec<EpochMetrics>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Line {
+    Epoch(EpochMetrics),
+    Step(StepMetrics),
+}
+
+impl Metrics {
+    /// Reads a `metrics.jsonl`.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Damaged`] for a line that is neither a step nor an epoch.
+    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+        let mut metrics = Self::default();
+        for line in read_json_lines(path)? {
+            match line {
+                Line::Epoch(epoch) => metrics.epochs.push(epoch),
+                Line::Step(step) => metrics.steps.push(step),
+            }
+        }
+        Ok(metrics)
+    }
+}
+
+/// What a reader must know of a run, kept as the manifest's `details`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunDetails {
+    /// What it was trained for.
+    pub objective: Objective,
+    /// The backbone.
+    pub arch: Arch,
+    /// F: width of the pooled features.
+    pub feature_width: usize,
+    /// Hidden width of the projection head.
+    pub head_hidden: usize,
+    /// D: width of an embedding.
+    pub embedding_dim: usize,
+    /// H and W of the views it saw.
+    pub image_size: [usize; 2],
+    /// The tensors of the last checkpoint, relative to the run.
+    pub checkpoint: String,
+    /// Means over the last epoch.
+    #[serde(rename = "final")]
+    pub final_losses: Losses,
+}
+
+/// A finished run.
+#[derive(Debug, Clone)]
+pub struct Run {
+    directory: PathBuf,
+    manifest: Manifest,
+    details: RunDetails,
+}
+
+impl Run {
+    /// Whether a path is a directory that a finished `student-train` wrote, to tell it from a file of weights.
+    pub fn is_run(path: impl AsRef<Path>) -> bool {
+        Manifest::read(path, Stage::StudentTrain).is_ok()
+    }
+
+    /// Opens a finished run: reads its record and compares the lengths of its files.
+    ///
+    /// # Errors
+    /// As [`Manifest::read`] and [`Manifest::check_lengths`]; [`Error::Damaged`] when the details are not a run's.
+    pub fn open(directory: impl AsRef<Path>) -> Result<Self> {
+        let directory = directory.as_ref().to_path_buf();
+        let manifest = Manifest::read(&directory, Stage::StudentTrain)?;
+        manifest.check_lengths(&directory)?;
+        let fault = |what: String| Error::damaged(directory.join(MANIFEST_FILE), Fault::Value(what));
+        let details: RunDetails = serde_json::from_value(manifest.details.clone())
+            .map_err(|e| fault(format!("not the details of a run: {e}")))?;
+        for name in [&details.checkpoint, STUDENT_FILE, METRICS_FILE] {
+            if !manifest.files.iter().any(|file| file.path == *name) {
+                return Err(fault(format!("`{name}` is not among the recorded files")));
+            }
+        }
+        Ok(Self { directory, manifest, details })
+    }
+
+    /// Where it is.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Its record.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// What was trained.
+    pub fn details(&self) -> &RunDetails {
+        &self.details
+    }
+
+    /// The exported backbone.
+    pub fn student_path(&self) -> PathBuf {
+        self.directory.join(STUDENT_FILE)
+    }
+
+    /// The trained student without its head: for evaluation.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] or [`Error::Invalid`] when the file does not hold the architecture's tensors.
+    pub fn student(&self) -> Result<Encoder> {
+        let encoder = Encoder::new(self.details.arch, None, 0)?;
+        encoder.store().load(&TensorFile::open(self.student_path())?.tensors()?)?;
+        Ok(encoder)
+    }
+
+    /// The trained encoder with its head: a teacher for others.
+    ///
+    /// # Errors
+    /// As [`Run::student`].
+    pub fn query_encoder(&self) -> Result<Encoder> {
+        let RunDetails { arch, head_hidden, embedding_dim, checkpoint, .. } = &self.details;
+        let head = HeadConfig { hidden: *head_hidden, embedding_dim: *embedding_dim };
+        let encoder = Encoder::new(*arch, Some(head), 0)?;
+        encoder.store().load(&prefixed(&TensorFile::open(self.directory.join(checkpoint))?, QUERY_PREFIX)?)?;
+        Ok(encoder)
+    }
+
+    /// How the losses went.
+    ///
+    /// # Errors
+    /// As [`Metrics::read`].
+    pub fn metrics(&self) -> Result<Metrics> {
+        Metrics::read(self.directory.join(METRICS_FILE))
+    }
+}
+
+/// The tensors of a file whose names begin with `prefix`, without it.
+///
+/// # Errors
+/// As [`TensorFile::tensor`].
+pub fn prefixed(file: &TensorFile, prefix: &str) -> Result<BTreeMap<String, Tensor>> {
+    let names = file.names();
+    let named = names.iter().filter_map(|name| Some((name, name.strip_prefix(prefix)?)));
+    named.map(|(name, short)| Ok((short.to_string(), file.tensor(name)?))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_steps_and_epochs_are_told_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(METRICS_FILE);
+        let losses = Losses { loss: 0.1, info_nce: 0.2, distill_q: Some(1.5), distill_k: None, top1: 50.0 };
+        let step = StepMetrics { step: 1, epoch: 0, lr: 0.03, losses };
+        let epoch = EpochMetrics { event: EpochEvent::Epoch, epoch: 0, step: 1, lr: 0.03, losses };
+        let mut log = crate::logging::JsonLines::create(&path).unwrap();
+        log.append(&step).unwrap();
+        log.append(&epoch).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        let expected = r#"{"step":1,"epoch":0,"lr":0.03,"loss":0.1,"info_nce":0.2,"distill_q":1.5,"top1":50.0}"#;
+        assert_eq!(text.lines().next(), Some(expected));
+        assert_eq!(Metrics::read(&path).unwrap(), Metrics { steps: vec![step], epochs: vec![epoch] });
+    }
+}
