@@ -1,1 +1,151 @@
-//! Stub.
+//! Trains small vision models without labels: stage three of four.
+//!
+//! The stage reads a shard set and, to distill, the embedding set that a teacher made of it. Each step takes two stored views of every sample
+//! of a batch. A query encoder learns to tell the two views of a sample from a queue of other samples' views and, when there is
+//! a teacher, to give both views the teacher's embeddings; a key encoder follows it slowly and feeds the queue. The result is a
+//! run: a directory with the student, the losses, checkpoints and a manifest. A killed run resumes to the same bytes.
+
+pub mod args;
+pub mod batches;
+pub mod config;
+pub mod export;
+pub mod objective;
+pub mod queue;
+pub mod step;
+pub mod student;
+pub mod train_log;
+pub mod trainer;
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+use shared::cli::{print, print_json, with_config_file, with_threads};
+use shared::manifest::Manifest;
+use shared::run::{Losses, Objective, RunDetails, STUDENT_FILE};
+use shared::{Error, Result};
+
+pub use args::{Args, Command, ExportArgs, Options, TrainArgs};
+pub use config::{Config, Plan};
+pub use export::Exported;
+pub use trainer::Outcome;
+
+/// What a command did.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum Summary {
+    /// `pretrain` or `distill`.
+    Trained(Trained),
+    /// `export`.
+    Exported(Exported),
+}
+
+/// What a training came to.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Trained {
+    /// The run.
+    pub output: PathBuf,
+    /// Whether it is finished.
+    pub finished: bool,
+    /// Whether it had been finished before this call.
+    pub already_finished: bool,
+    /// Steps done, over all calls.
+    pub steps: u64,
+    /// Fingerprint of a finished run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fingerprint: Option<String>,
+    /// The exported backbone of a finished run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub student_file: Option<PathBuf>,
+    /// Means over the last epoch of a finished run.
+    #[serde(rename = "final", skip_serializing_if = "Option::is_none")]
+    pub final_losses: Option<Losses>,
+}
+
+/// Runs a command.
+///
+/// # Errors
+/// As [`trainer::train`] and [`export::export`].
+pub fn run(args: &Args) -> Result<Summary> {
+    match &args.command {
+        Command::Distill(args) => train(Objective::Distill, args).map(Summary::Trained),
+        Command::Pretrain(args) => train(Objective::Pretrain, args).map(Summary::Trained),
+        Command::Export(args) => export::export(args).map(Summary::Exported),
+    }
+}
+
+/// Runs a command and prints its summary on standard output.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_and_print(args: &Args) -> Result<()> {
+    let summary = run(args)?;
+    let json = match &args.command {
+        Command::Distill(args) | Command::Pretrain(args) => args.common.json,
+        Command::Export(args) => args.json,
+    };
+    if json { print_json(&summary) } else { print(&summary.to_string()) }
+}
+
+fn train(objective: Objective, args: &TrainArgs) -> Result<Trained> {
+    let options = with_config_file(args.config.as_deref(), &args.options)?;
+    let plan = Plan::new(objective, &options, args)?;
+    let outcome = with_threads(args.common.threads, || trainer::train(objective, &options, &plan))?;
+    Trained::new(plan.output, &outcome)
+}
+
+impl Trained {
+    fn new(output: PathBuf, outcome: &Outcome) -> Result<Self> {
+        let finished = |output: PathBuf, manifest: &Manifest, already_finished| {
+            let details: RunDetails = serde_json::from_value(manifest.details.clone())
+                .map_err(|e| Error::invalid(format!("`{}` does not describe a run: {e}", output.display()), ""))?;
+            Ok(Self {
+                student_file: Some(output.join(STUDENT_FILE)),
+                output,
+                finished: true,
+                already_finished,
+                steps: manifest.count("steps"),
+                fingerprint: Some(manifest.fingerprint.clone()),
+                final_losses: Some(details.final_losses),
+            })
+        };
+        match outcome {
+            Outcome::Trained(manifest) => finished(output, manifest, false),
+            Outcome::AlreadyFinished(manifest) => finished(output, manifest, true),
+            &Outcome::Stopped(steps) => Ok(Self {
+                output,
+                finished: false,
+                already_finished: false,
+                steps,
+                fingerprint: None,
+                student_file: None,
+                final_losses: None,
+            }),
+        }
+    }
+}
+
+impl std::fmt::Display for Summary {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Exported(Exported { output, student, bytes, .. }) => {
+                write!(f, "wrote {student} to `{}` ({bytes} bytes)", output.display())
+            }
+            Self::Trained(trained) => {
+                let run = trained.output.display();
+                match (trained.final_losses, trained.already_finished) {
+                    (None, _) => write!(f, "stopped `{run}` after step {}", trained.steps),
+                    (Some(_), true) => write!(f, "`{run}` is finished already: nothing to do"),
+                    (Some(losses), false) => write!(
+                        f,
+                        "finished `{run}` after {} steps: mean loss {:.4}, top1 {:.1} % in the last epoch; the student is `{}`",
+                        trained.steps,
+                        losses.loss,
+                        losses.top1,
+                        trained.output.join(STUDENT_FILE).display()
+                    ),
+                }
+            }
+        }
+    }
+}

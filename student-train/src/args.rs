@@ -1,0 +1,235 @@
+//! The command line of `student-train`.
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand, ValueEnum};
+use serde::{Deserialize, Serialize};
+use shared::cli::CommonArgs;
+use shared::models::Arch;
+
+/// Trains small vision models without labels, alone or under a teacher
+#[derive(Debug, Clone, Parser)]
+#[command(name = "student-train", version, about, long_about = None)]
+pub struct Args {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Command {
+    /// Train a student that agrees with a teacher's cached embeddings (DisCo)
+    #[command(
+        after_help = "Example: student-train distill --shards shards --embeddings embeddings --student resnet18 \
+        --output runs/disco\n\nEvery option may also stand in a TOML file given by `--config`, under the flag's name."
+    )]
+    Distill(TrainArgs),
+    /// Train an encoder without a teacher (MoCo v2): a baseline, or a teacher for others
+    #[command(
+        mut_arg("embeddings", |arg| arg.hide(true)),
+        mut_arg("distill_weight", |arg| arg.hide(true)),
+        after_help = "Example: student-train pretrain --shards shards --student resnet50 --output runs/teacher\n\n\
+        Every option may also stand in a TOML file given by `--config`, under the flag's name.",
+    )]
+    Pretrain(TrainArgs),
+    /// Write the student of a finished run as one file for other programs
+    Export(ExportArgs),
+}
+
+/// Arguments of `distill` and `pretrain`.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct TrainArgs {
+    /// Read options from a TOML file; flags win over it
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// What the file may hold too.
+    #[command(flatten)]
+    pub options: Options,
+    /// What all stages take.
+    #[command(flatten)]
+    pub common: CommonArgs,
+    /// Stop after this many steps as if killed, leaving the run unfinished (to test resuming)
+    #[arg(long, value_name = "N", hide = true)]
+    pub stop_after_steps: Option<u64>,
+}
+
+/// What the learning rate follows.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LrUnit {
+    /// One rate for all steps of an epoch, as the official code.
+    #[default]
+    Epoch,
+    /// A rate of its own for every step.
+    Step,
+}
+
+/// Options of a training, on the command line or in a TOML file.
+#[derive(Debug, Clone, Default, clap::Args, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Options {
+    /// Shard set to train on
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shards: Option<PathBuf>,
+
+    /// Embedding set that the teacher made of these shards
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub embeddings: Option<PathBuf>,
+
+    /// Directory of the run
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub output: Option<PathBuf>,
+
+    /// Architecture to train [default: resnet18]
+    #[arg(long, value_name = "ARCH")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub student: Option<Arch>,
+
+    /// Passes over the shard set [default: 200]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epochs: Option<u64>,
+
+    /// Samples in a step; those left over at the end of an epoch are dropped [default: 256]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub batch_size: Option<usize>,
+
+    /// Groups of a batch that have batch-norm statistics of their own [default: one for every 32 samples]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bn_groups: Option<usize>,
+
+    /// Learning rate at the start; it is meant for batches of 256 and is never scaled [default: 0.03]
+    #[arg(long, value_name = "X", help_heading = "Optimisation")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lr: Option<f64>,
+
+    /// When the rate moves along its cosine [default: epoch]
+    #[arg(long, value_name = "UNIT", help_heading = "Optimisation")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lr_unit: Option<LrUnit>,
+
+    /// Momentum of the gradient descent [default: 0.9]
+    #[arg(long, value_name = "X", help_heading = "Optimisation")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub momentum: Option<f64>,
+
+    /// Weight decay, on all parameters [default: 0.0001]
+    #[arg(long, value_name = "X", help_heading = "Optimisation")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weight_decay: Option<f64>,
+
+    /// Seed of everything random [default: 0]
+    #[arg(long, value_name = "N", help_heading = "Optimisation")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
+
+    /// Hidden width of the projection head [default: 2048]
+    #[arg(long, value_name = "N", help_heading = "Objective")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub head_hidden: Option<usize>,
+
+    /// Width of an embedding [default: 128; `distill` takes the teacher's]
+    #[arg(long, value_name = "N", help_heading = "Objective")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub embedding_dim: Option<usize>,
+
+    /// Keys in the queue of negatives [default: 65536]
+    #[arg(long, value_name = "N", help_heading = "Objective")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queue_size: Option<usize>,
+
+    /// Temperature of the contrastive loss [default: 0.2]
+    #[arg(long, value_name = "X", help_heading = "Objective")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub temperature: Option<f64>,
+
+    /// What the key encoder keeps of itself in a step [default: 0.999]
+    #[arg(long, value_name = "X", help_heading = "Objective")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub key_momentum: Option<f64>,
+
+    /// Weight of the squared distance to the teacher, per view [default: 32, the official code's effective weight]
+    #[arg(long, value_name = "X", help_heading = "Objective")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub distill_weight: Option<f64>,
+
+    /// Write a checkpoint every so many steps too, besides each epoch's
+    #[arg(long, value_name = "N", help_heading = "Checkpoints")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoint_steps: Option<u64>,
+
+    /// Checkpoints to keep [default: 2]
+    #[arg(long, value_name = "N", help_heading = "Checkpoints")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep: Option<usize>,
+}
+
+/// Formats of an exported student.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum ExportFormat {
+    /// Backbone weights under the names of torchvision and timm.
+    #[default]
+    Safetensors,
+}
+
+/// Arguments of `export`.
+#[derive(Debug, Clone, clap::Args)]
+#[command(after_help = "The file loads into timm's model of the same name:\n  \
+    timm.create_model('resnet18', num_classes=0).load_state_dict(safetensors.torch.load_file(FILE))")]
+pub struct ExportArgs {
+    /// A finished run
+    #[arg(value_name = "RUN")]
+    pub run: PathBuf,
+    /// What to write
+    #[arg(long, value_enum, default_value_t)]
+    pub format: ExportFormat,
+    /// Where to write it
+    #[arg(long, value_name = "FILE")]
+    pub output: PathBuf,
+    /// Replace the file if it exists
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Print a summary as JSON on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn command_line_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn flags_and_file_keys_are_the_same_words() {
+        let keys: Vec<String> = Args::command()
+            .find_subcommand("distill")
+            .unwrap()
+            .get_arguments()
+            .filter_map(|arg| arg.get_long().map(String::from))
+            .filter(|flag| {
+                !["config", "threads", "json", "quiet", "overwrite", "stop-after-steps", "help"]
+                    .contains(&flag.as_str())
+            })
+            .collect();
+        assert!(keys.len() > 15);
+        for key in keys {
+            let known = ["1", "\"resnet18\"", "\"step\""].iter().any(|value| {
+                let text = format!("{key} = {value}");
+                toml::from_str::<Options>(&text).is_ok()
+            });
+            assert!(known, "`{key}` is a flag and no key");
+        }
+    }
+}

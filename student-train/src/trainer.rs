@@ -1,0 +1,250 @@
+//! The run from beginning to end.
+//!
+//! Order when starting, which is also the order when resuming:
+//! 1. the shard set, the embedding set made from it, and the configuration that follows from both;
+//! 2. the run's directory: locked, compared with what is asked for, finished or not;
+//! 3. the newest checkpoint that is whole: query and key encoder, momenta, queue and its pointer;
+//! 4. `metrics.jsonl`, cut back to that checkpoint;
+//! 5. the batches from its step on, made ahead;
+//! 6. steps; after each epoch, and every `--checkpoint-steps`, a checkpoint;
+//! 7. `student.safetensors`, and `manifest.json` last.
+//!
+//! Orders, views and shuffles are functions of the seed and the step, so nothing else needs to be saved.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+use shared::checkpoint::{CHECKPOINT_DIRECTORY, Checkpoint, Checkpoints};
+use shared::data_loader::Prefetcher;
+use shared::embedding::{EmbeddingSet, SHARDS_ROLE};
+use shared::io::{FileEntry, hash_file, write_atomic};
+use shared::logging::{JsonLines, LogPosition};
+use shared::manifest::{Identity, Manifest, Stage};
+use shared::output::{Begun, OutputDir};
+use shared::progress::note;
+use shared::run::{CONFIG_FILE, Losses, METRICS_FILE, Objective, RunDetails, StepMetrics};
+use shared::schedule::Cosine;
+use shared::shard::ShardSet;
+use shared::{Error, Fault, Result};
+
+use crate::args::{LrUnit, Options};
+use crate::batches::{Batches, queue_advice};
+use crate::config::{Config, Plan};
+use crate::export::write_student;
+use crate::step::{Batch, TrainingState, batch_shuffle};
+use crate::train_log::{Display, EpochSums, TrainLog};
+
+/// The role under which a run records its embedding set.
+pub const EMBEDDINGS_ROLE: &str = "embeddings";
+
+/// What a checkpoint holds besides tensors.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Progressed {
+    epoch: u64,
+    /// Steps done in the epoch.
+    position: u64,
+    queue_pointer: usize,
+    /// Means over the last whole epoch.
+    last_epoch: Option<Losses>,
+    metrics: LogPosition,
+    epoch_sums: EpochSums,
+}
+
+/// How a call ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Outcome {
+    /// The run was finished by this call.
+    Trained(Manifest),
+    /// It had been finished before.
+    AlreadyFinished(Manifest),
+    /// It was stopped by `--stop-after-steps`; steps done over all calls.
+    Stopped(u64),
+}
+
+/// Trains, or goes on training, until the run is finished.
+///
+/// # Errors
+/// [`Error::Usage`] for settings that make no sense for these inputs; [`Error::Chain`] when inputs, run and settings do not belong
+/// together; [`Error::Invalid`] when the loss stops being finite; what reading and writing files can give.
+pub fn train(objective: Objective, options: &Options, plan: &Plan) -> Result<Outcome> {
+    let shards = ShardSet::open(&plan.shards)?;
+    let embeddings = plan.embeddings.as_ref().map(|path| EmbeddingSet::open(path, &shards)).transpose()?;
+    let config = Config::new(objective, options, embeddings.as_ref().map(EmbeddingSet::embedding_dim))?;
+    let mut inputs = vec![shards.manifest().as_input(SHARDS_ROLE, &plan.shards)];
+    if let (Some(embeddings), Some(path)) = (&embeddings, &plan.embeddings) {
+        inputs.push(embeddings.manifest().as_input(EMBEDDINGS_ROLE, path));
+    }
+    let batches = Arc::new(Batches::new(shards, embeddings, config.batch_size, config.seed)?);
+    let identity = Identity::new(Stage::StudentTrain, &config, config.seed, inputs)?;
+    let output = match OutputDir::begin(&plan.output, &identity, plan.overwrite)? {
+        Begun::Finished(manifest) => return Ok(Outcome::AlreadyFinished(manifest)),
+        Begun::Writing(output) => output,
+    };
+    Trainer::start(&config, plan, &identity, &output, batches)?.run(output)
+}
+
+struct Trainer<'a> {
+    config: &'a Config,
+    plan: &'a Plan,
+    batches: Arc<Batches>,
+    checkpoints: Checkpoints,
+    state: TrainingState,
+    log: TrainLog,
+    config_file: FileEntry,
+    /// Steps done.
+    step: u64,
+    last_epoch: Option<Losses>,
+}
+
+impl<'a> Trainer<'a> {
+    fn start(
+        config: &'a Config,
+        plan: &'a Plan,
+        identity: &Identity,
+        output: &OutputDir,
+        batches: Arc<Batches>,
+    ) -> Result<Self> {
+        let run = output.path();
+        let config_file = write_atomic(run.join(CONFIG_FILE), config.to_toml()?.as_bytes())?;
+        let checkpoints = Checkpoints::open(run.join(CHECKPOINT_DIRECTORY), identity, plan.keep)?;
+        let mut state = TrainingState::new(config)?;
+        let say = |text: &str| {
+            if !plan.quiet {
+                note(text);
+            }
+        };
+        let resumed = checkpoints.resume(
+            |error| note(&format!("note: a checkpoint is passed over: {error}")),
+            |checkpoint| resume(&mut state, &checkpoint, run, &batches),
+        )?;
+        let step = resumed.as_ref().map_or(0, |(step, _)| *step);
+        if step > 0 {
+            say(&format!("resuming after step {step}"));
+        } else if let Some(advice) = queue_advice(config.queue_size, batches.shards().len()) {
+            say(&advice);
+        }
+        let display = Display {
+            epochs: config.epochs,
+            steps: config.epochs * batches.steps_per_epoch(),
+            batch_size: config.batch_size,
+            quiet: plan.quiet,
+        };
+        let position = resumed.as_ref().map(|(_, progressed)| (&progressed.metrics, progressed.epoch_sums));
+        let log = TrainLog::open(run, position, step, display)?;
+        let last_epoch = resumed.and_then(|(_, progressed)| progressed.last_epoch);
+        Ok(Self { config, plan, batches, checkpoints, state, log, config_file, step, last_epoch })
+    }
+
+    fn run(mut self, output: OutputDir) -> Result<Outcome> {
+        let total = self.config.epochs * self.batches.steps_per_epoch();
+        let stop = self.plan.stop_after_steps.map_or(total, |steps| total.min(self.step.saturating_add(steps)));
+        let mut batches = self.batches.prefetch(self.step..stop)?;
+        while self.step < stop {
+            let (metrics, waited) = self.one_step(&mut batches)?;
+            self.log.step(&metrics, waited)?;
+            let epoch_ends = self.step.is_multiple_of(self.batches.steps_per_epoch());
+            if epoch_ends {
+                self.last_epoch = Some(self.log.epoch(&metrics)?);
+            }
+            let due = self.plan.checkpoint_steps.is_some_and(|steps| self.step.is_multiple_of(steps));
+            if epoch_ends || due {
+                self.save()?;
+            }
+        }
+        if self.step < total {
+            return Ok(Outcome::Stopped(self.step));
+        }
+        self.finish(output)
+    }
+
+    fn one_step(&mut self, batches: &mut Prefetcher<Batch>) -> Result<(StepMetrics, std::time::Duration)> {
+        let asked = Instant::now();
+        let Some(batch) = batches.next() else {
+            return Err(Error::invalid("the batches ended before the run", "please report this"));
+        };
+        let (batch, waited) = (batch?, asked.elapsed());
+        let epoch = self.step / self.batches.steps_per_epoch();
+        let lr = self.lr(epoch);
+        let shuffle = batch_shuffle(self.config.batch_size, self.config.seed, self.step);
+        let losses = self.state.step(&batch, &shuffle, lr)?;
+        self.step += 1;
+        Ok((StepMetrics { step: self.step, epoch, lr, losses }, waited))
+    }
+
+    fn lr(&self, epoch: u64) -> f64 {
+        let Config { lr, lr_unit, epochs, .. } = *self.config;
+        match lr_unit {
+            LrUnit::Epoch => Cosine { lr, total: epochs }.lr(epoch),
+            LrUnit::Step => Cosine { lr, total: epochs * self.batches.steps_per_epoch() }.lr(self.step),
+        }
+    }
+
+    fn save(&self) -> Result<[FileEntry; 2]> {
+        let (metrics, epoch_sums) = self.log.position()?;
+        let steps_per_epoch = self.batches.steps_per_epoch();
+        let progressed = Progressed {
+            epoch: self.step / steps_per_epoch,
+            position: self.step % steps_per_epoch,
+            queue_pointer: self.state.queue().pointer(),
+            last_epoch: self.last_epoch,
+            metrics,
+            epoch_sums,
+        };
+        self.checkpoints.save(self.step, progressed, &self.state.to_tensors()?)
+    }
+
+    fn finish(self, output: OutputDir) -> Result<Outcome> {
+        let image_size = [self.batches.shards().height(), self.batches.shards().width()];
+        let student = write_student(output.path(), self.state.student().query(), image_size)?;
+        let directory = self.checkpoints.directory();
+        let mut files = vec![self.config_file, student];
+        for name in [shared::checkpoint::tensors_file_name(self.step), shared::checkpoint::record_file_name(self.step)]
+        {
+            let entry = hash_file(directory.join(name))?;
+            files.push(FileEntry { path: format!("{CHECKPOINT_DIRECTORY}/{}", entry.path), ..entry });
+        }
+        let details = RunDetails {
+            objective: self.config.objective,
+            arch: self.config.student,
+            feature_width: self.config.student.feature_width(),
+            head_hidden: self.config.head_hidden,
+            embedding_dim: self.config.embedding_dim,
+            image_size,
+            checkpoint: format!("{CHECKPOINT_DIRECTORY}/{}", shared::checkpoint::tensors_file_name(self.step)),
+            final_losses: self.last_epoch.unwrap_or_default(),
+        };
+        let counts = BTreeMap::from([
+            ("samples".into(), self.batches.shards().len() as u64),
+            ("epochs".into(), self.config.epochs),
+            ("steps".into(), self.step),
+            ("images".into(), self.step * self.config.batch_size as u64),
+        ]);
+        files.push(self.log.finish()?);
+        let details = serde_json::to_value(details)
+            .map_err(|e| Error::invalid(format!("the run's details have no JSON form: {e}"), ""))?;
+        Ok(Outcome::Trained(output.finish(counts, details, files)?))
+    }
+}
+
+/// Takes a state from a checkpoint, after checking what it says about itself.
+fn resume(
+    state: &mut TrainingState,
+    checkpoint: &Checkpoint<Progressed>,
+    run: &Path,
+    batches: &Batches,
+) -> Result<(u64, Progressed)> {
+    let step = checkpoint.record.step;
+    let progressed = checkpoint.record.state.clone();
+    let steps_per_epoch = batches.steps_per_epoch();
+    if (progressed.epoch, progressed.position) != (step / steps_per_epoch, step % steps_per_epoch) {
+        let what = format!("step {step} is not position {} of epoch {}", progressed.position, progressed.epoch);
+        return Err(checkpoint.tensors.fault(Fault::Value(what)));
+    }
+    JsonLines::check(run.join(METRICS_FILE), &progressed.metrics)?;
+    state.load(checkpoint, progressed.queue_pointer)?;
+    Ok((step, progressed))
+}
