@@ -1,1 +1,53 @@
-//! Stub.
+//! The first stage: packs a folder of images into a shard set.
+//!
+//! `scan` lists the samples and their classes in a fixed order. `pack` decodes every image once, makes its views by the recipe and
+//! writes them, shard by shard, in a seeded random order. `plan` says beforehand what that takes; `verify` and `inspect` read a
+//! finished set. The bytes depend on the images, the recipe and the seed, never on threads, on interruptions or on the machine.
+
+pub mod args;
+pub mod config;
+pub mod inspect;
+mod ordered;
+pub mod pack;
+pub mod plan;
+pub mod scan;
+mod space;
+pub mod verify;
+pub mod views;
+
+pub use args::{Args, Command};
+pub use config::PackConfig;
+
+use shared::Result;
+use shared::cli::{print, print_json};
+use shared::progress::note;
+
+/// Runs a command and prints its outcome: JSON and reports on standard output, everything else on standard error.
+///
+/// # Errors
+/// Of the command, and when standard output cannot be written.
+pub fn run(args: &Args) -> Result<()> {
+    match &args.command {
+        Command::Pack(args) => {
+            let config = PackConfig::resolve(&args.pack, args.config.as_deref(), &args.common)?;
+            let summary = pack::pack(&config)?;
+            if !args.common.quiet {
+                note(&summary.to_string());
+            }
+            if args.common.json { print_json(&summary) } else { Ok(()) }
+        }
+        Command::Plan(args) => {
+            let config = PackConfig::resolve(&args.pack, args.config.as_deref(), &args.common())?;
+            let plan = plan::plan(&config)?;
+            if args.json { print_json(&plan) } else { print(&plan.to_string()) }
+        }
+        Command::Verify(args) => {
+            let summary = verify::verify(args)?;
+            if args.json { print_json(&summary) } else { print(&summary.to_string()) }
+        }
+        Command::Inspect(args) => {
+            let summary = inspect::inspect(args)?;
+            if args.json { print_json(&summary) } else { print(&summary.to_string()) }
+        }
+    }
+}

@@ -25,9 +25,6 @@ pub const DECODER: &str = "image 0.25.10, zune-jpeg 0.5.15 (strict)";
 /// The largest picture that is decoded: 2^28 pixels, 805 MB.
 pub const MAX_PIXELS: u64 = 1 << 28;
 
-/// Extensions that an image file may have, in lower case; which of the formats it is, its contents say.
-pub const EXTENSIONS: [&str; 7] = ["bmp", "jfif", "jpe", "jpeg", "jpg", "png", "webp"];
-
 /// Reads and decodes a file.
 ///
 /// # Errors
@@ -42,6 +39,14 @@ pub fn read(path: &Path) -> Result<RgbImage> {
 /// # Errors
 /// A [`Fault`] that says what is wrong: not an image of the four formats, too large, cut off, or broken.
 pub fn decode(bytes: &[u8]) -> Result<RgbImage, Fault> {
+    decode_into(bytes, Vec::new())
+}
+
+/// As [`decode`], with memory of an earlier picture ([`RgbImage::into_pixels`]) for the pixels.
+///
+/// # Errors
+/// As [`decode`].
+pub fn decode_into(bytes: &[u8], memory: Vec<u8>) -> Result<RgbImage, Fault> {
     let format = match image::guess_format(bytes) {
         Ok(format @ (ImageFormat::Jpeg | ImageFormat::Png | ImageFormat::WebP | ImageFormat::Bmp)) => format,
         _ if bytes.is_empty() => return Err(Fault::Syntax("the file is empty".into())),
@@ -49,7 +54,7 @@ pub fn decode(bytes: &[u8]) -> Result<RgbImage, Fault> {
     };
     let name = format!("{format:?}").to_uppercase();
     let decoded = catch_unwind(AssertUnwindSafe(|| match format {
-        ImageFormat::Jpeg => super::jpeg::decode(bytes),
+        ImageFormat::Jpeg => super::jpeg::decode(bytes, memory),
         _ => decode_with_image(bytes, format),
     }));
     let reason = match decoded {

@@ -8,8 +8,8 @@ use zune_jpeg::zune_core::options::DecoderOptions;
 use super::RgbImage;
 use super::decode::check_size;
 
-/// Decodes a JPEG file; the error says what is wrong with it.
-pub(super) fn decode(bytes: &[u8]) -> Result<RgbImage, String> {
+/// Decodes a JPEG file into `pixels`, whose memory is used again; the error says what is wrong with it.
+pub(super) fn decode(bytes: &[u8], mut pixels: Vec<u8>) -> Result<RgbImage, String> {
     reaches_its_end(bytes)?;
     let options = DecoderOptions::default()
         .set_strict_mode(true)
@@ -20,7 +20,8 @@ pub(super) fn decode(bytes: &[u8]) -> Result<RgbImage, String> {
     decoder.decode_headers().map_err(|e| e.to_string())?;
     let (width, height) = decoder.dimensions().ok_or("it has no frame header")?;
     check_size(width as u64, height as u64)?;
-    let pixels = decoder.decode().map_err(|e| e.to_string())?;
+    pixels.resize(decoder.output_buffer_size().ok_or("it has no frame header")?, 0);
+    decoder.decode_into(&mut pixels).map_err(|e| e.to_string())?;
     RgbImage::new(height, width, pixels).map_err(|e| e.to_string())
 }
 

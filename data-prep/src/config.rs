@@ -1,0 +1,327 @@
+//! What `pack` is asked to do: flags and configuration file, resolved and checked.
+
+use std::convert::Infallible;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+use shared::cli::{CommonArgs, with_config_file};
+use shared::shard::VIEW_PARAMETERS;
+use shared::transforms::decode::DECODER;
+use shared::transforms::{PassOrder, Recipe};
+use shared::{Error, Result};
+
+use crate::args::PackOptions;
+
+/// What a shard holds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Store {
+    /// The augmented views of every sample
+    #[default]
+    Views,
+}
+
+/// How pixels are stored.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Codec {
+    /// Plain bytes, to be mapped into memory
+    #[default]
+    Raw,
+}
+
+/// [`PassOrder`] as a flag.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PassOrderFlag {
+    /// As Pillow from 13.0 on
+    Pillow13,
+    /// As Pillow before 13.0
+    Horizontal,
+}
+
+/// A value that may be written as a number or with a unit: `5`, `1%`, `500MB`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum NumberOrText {
+    /// A plain number.
+    Number(u64),
+    /// A number with a unit.
+    Text(String),
+}
+
+impl FromStr for NumberOrText {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        Ok(text.parse().map_or_else(|_| Self::Text(text.into()), Self::Number))
+    }
+}
+
+impl fmt::Display for NumberOrText {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Number(number) => number.fmt(f),
+            Self::Text(text) => text.fmt(f),
+        }
+    }
+}
+
+/// How many images may be unusable.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum MaxRejects {
+    /// This many.
+    Count(u64),
+    /// This share of all, in percent, rounded up.
+    Percent(f64),
+}
+
+impl MaxRejects {
+    /// How many of `samples` that is.
+    pub fn of(self, samples: usize) -> u64 {
+        match self {
+            Self::Count(count) => count,
+            Self::Percent(percent) => (samples as f64 * percent / 100.0).ceil() as u64,
+        }
+    }
+
+    fn parse(text: &NumberOrText) -> Option<Self> {
+        match text {
+            NumberOrText::Number(count) => Some(Self::Count(*count)),
+            NumberOrText::Text(text) => {
+                let percent: f64 = text.strip_suffix('%')?.trim().parse().ok()?;
+                (0.0..=100.0).contains(&percent).then_some(Self::Percent(percent))
+            }
+        }
+    }
+}
+
+/// What decides the bytes of a shard set, besides the images and the seed; kept in its manifest.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct ShardConfig {
+    /// The augmentations.
+    pub recipe: Recipe,
+    /// Views per sample.
+    pub views: usize,
+    /// Height and width of a view.
+    pub size: usize,
+    /// What a shard holds.
+    pub store: Store,
+    /// How pixels are stored.
+    pub codec: Codec,
+    /// Listed samples per shard.
+    pub shard_samples: usize,
+    /// Which decoders made the pixels.
+    pub decoder: String,
+}
+
+impl ShardConfig {
+    /// Bytes of one sample in a shard.
+    pub fn sample_bytes(&self) -> u64 {
+        let view = self.size * self.size * 3 + VIEW_PARAMETERS.len() * size_of::<f32>();
+        (self.views * view + size_of::<u64>() + size_of::<i64>()) as u64
+    }
+}
+
+/// A resolved request to pack.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PackConfig {
+    /// The folder of images.
+    pub input: PathBuf,
+    /// The shard set; `plan` may go without.
+    pub output: Option<PathBuf>,
+    /// What decides the bytes.
+    pub shards: ShardConfig,
+    /// Seed of the views and of the order.
+    pub seed: u64,
+    /// How many images may be unusable.
+    pub max_rejects: MaxRejects,
+    /// Worker threads.
+    pub threads: usize,
+    /// Whether to show no progress.
+    pub quiet: bool,
+    /// Whether to start again.
+    pub overwrite: bool,
+}
+
+const DEFAULT_VIEWS: u32 = 4;
+const DEFAULT_SIZE: u32 = 224;
+const LARGEST_SIZE: u32 = 4096;
+const LARGEST_SAMPLE_BYTES: u64 = 1 << 32;
+const DEFAULT_SHARD_BYTES: u64 = 1 << 30;
+
+impl PackConfig {
+    /// Lays flags over the configuration file, fills in defaults and checks everything that can be checked without the images.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a missing or senseless value; as [`with_config_file`] for the file.
+    pub fn resolve(flags: &PackOptions, file: Option<&Path>, common: &CommonArgs) -> Result<Self> {
+        let mut options = with_config_file(file, flags)?;
+        // a flag of the pair replaces either key of the file
+        if flags.shard_samples.is_some() {
+            options.shard_bytes = None;
+        } else if flags.shard_bytes.is_some() {
+            options.shard_samples = None;
+        }
+        let required = |what: &str| Error::usage(format!("`--{what}` is required"));
+        let input = options.input.ok_or_else(|| required("input"))?;
+        let name = options.recipe.ok_or_else(|| required("recipe"))?;
+        let mut recipe = Recipe::named_or_file(&name)?;
+        match options.pass_order {
+            Some(PassOrderFlag::Pillow13) => recipe.pass_order = PassOrder::Pillow13,
+            Some(PassOrderFlag::Horizontal) => recipe.pass_order = PassOrder::Horizontal,
+            None => {}
+        }
+        let views = options.views.unwrap_or(if recipe.is_random() { DEFAULT_VIEWS } else { 1 });
+        if views == 0 {
+            return Err(Error::usage("`--views` must be at least 1"));
+        }
+        if views > 1 && !recipe.is_random() {
+            return Err(Error::usage(format!(
+                "recipe `{name}` has no chance in it: {views} views would be equal, use `--views 1`"
+            )));
+        }
+        let size = options.size.unwrap_or(DEFAULT_SIZE);
+        if size == 0 || size > LARGEST_SIZE {
+            return Err(Error::usage(format!("`--size` must be 1 to {LARGEST_SIZE}, found {size}")));
+        }
+        let mut shards = ShardConfig {
+            recipe,
+            views: views as usize,
+            size: size as usize,
+            store: options.store.unwrap_or_default(),
+            codec: options.codec.unwrap_or_default(),
+            shard_samples: 1,
+            decoder: DECODER.into(),
+        };
+        let pixels = u64::from(views).saturating_mul(u64::from(size).pow(2) * 3);
+        if pixels > LARGEST_SAMPLE_BYTES {
+            return Err(Error::usage(format!("{views} views of {size} x {size} pixels are too much for one sample")));
+        }
+        shards.shard_samples = match (options.shard_samples, &options.shard_bytes) {
+            (Some(_), Some(_)) => return Err(Error::usage("`shard-samples` and `shard-bytes` exclude each other")),
+            (Some(0), None) => return Err(Error::usage("`--shard-samples` must be at least 1")),
+            (Some(samples), None) => usize::try_from(samples).unwrap_or(usize::MAX),
+            (None, bytes) => {
+                let bytes = bytes.as_ref().map_or(Ok(DEFAULT_SHARD_BYTES), |text| {
+                    parse_bytes(text).ok_or_else(|| {
+                        Error::usage(format!("`--shard-bytes {text}` is not a size such as 500MB or 1GiB"))
+                    })
+                })?;
+                usize::try_from((bytes / shards.sample_bytes()).max(1)).unwrap_or(usize::MAX)
+            }
+        };
+        let max_rejects = options.max_rejects.as_ref().map_or(Ok(MaxRejects::Percent(1.0)), |text| {
+            MaxRejects::parse(text).ok_or_else(|| {
+                Error::usage(format!("`--max-rejects {text}` is neither a number nor a share such as 1%"))
+            })
+        })?;
+        let all_cores = || std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(Self {
+            input,
+            output: options.output,
+            shards,
+            seed: options.seed.unwrap_or(0),
+            max_rejects,
+            threads: common.threads.map_or_else(all_cores, usize::from),
+            quiet: common.quiet,
+            overwrite: common.overwrite,
+        })
+    }
+}
+
+fn parse_bytes(text: &NumberOrText) -> Option<u64> {
+    const UNITS: [(&str, u64); 9] = [
+        ("kib", 1 << 10),
+        ("mib", 1 << 20),
+        ("gib", 1 << 30),
+        ("tib", 1 << 40),
+        ("kb", 1000),
+        ("mb", 1_000_000),
+        ("gb", 1_000_000_000),
+        ("tb", 1_000_000_000_000),
+        ("b", 1),
+    ];
+    match text {
+        NumberOrText::Number(bytes) => Some(*bytes),
+        NumberOrText::Text(text) => {
+            let text = text.trim().to_lowercase();
+            let (number, unit) = UNITS.iter().find_map(|(unit, scale)| Some((text.strip_suffix(unit)?, scale)))?;
+            let bytes = number.trim().parse::<f64>().ok()? * *unit as f64;
+            (1.0..1e18).contains(&bytes).then_some(bytes as u64)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resolve(change: impl FnOnce(&mut PackOptions)) -> Result<PackConfig> {
+        let mut options =
+            PackOptions { input: Some("in".into()), recipe: Some("moco-v2".into()), ..PackOptions::default() };
+        change(&mut options);
+        PackConfig::resolve(&options, None, &CommonArgs::default())
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_help() {
+        let config = resolve(|_| ()).unwrap();
+        assert_eq!((config.shards.views, config.shards.size, config.seed), (4, 224, 0));
+        assert_eq!(config.shards.shard_samples as u64, (1 << 30) / config.shards.sample_bytes());
+        assert_eq!(config.max_rejects, MaxRejects::Percent(1.0));
+        assert_eq!(resolve(|o| o.recipe = Some("eval-center".into())).unwrap().shards.views, 1);
+    }
+
+    #[test]
+    fn senseless_values_are_usage_errors() {
+        let text = |text: &str| Some(text.parse().unwrap());
+        let wrong: [&dyn Fn(&mut PackOptions); 12] = [
+            &|o| o.input = None,
+            &|o| o.recipe = None,
+            &|o| o.recipe = Some("no-such".into()),
+            &|o| o.views = Some(0),
+            &|o| (o.recipe, o.views) = (Some("eval-center".into()), Some(2)),
+            &|o| o.size = Some(0),
+            &|o| o.size = Some(5000),
+            &|o| (o.size, o.views) = (Some(4096), Some(u32::MAX)),
+            &|o| o.shard_samples = Some(0),
+            &|o| o.shard_bytes = text("1 parsec"),
+            &|o| o.max_rejects = text("many"),
+            &|o| o.max_rejects = text("101%"),
+        ];
+        for (i, change) in wrong.iter().enumerate() {
+            assert_eq!(resolve(change).unwrap_err().exit_status(), 2, "case {i}");
+        }
+    }
+
+    #[test]
+    fn sizes_and_shares_are_read() {
+        let bytes = |text: &str| parse_bytes(&text.parse().unwrap());
+        assert_eq!(bytes("500MB"), Some(500_000_000));
+        assert_eq!(bytes("1.5 GiB"), Some(3 << 29));
+        assert_eq!(bytes("4096"), Some(4096));
+        assert_eq!((bytes("GB"), bytes("0.1b"), bytes("-1MB"), bytes("nanMB")), (None, None, None, None));
+        assert_eq!(MaxRejects::Percent(1.0).of(5), 1);
+        assert_eq!(MaxRejects::Percent(0.0).of(500), 0);
+        assert_eq!(MaxRejects::Count(7).of(5), 7);
+    }
+
+    #[test]
+    fn flag_of_a_pair_replaces_the_other_key_of_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("c.toml");
+        shared::io::write_atomic(&path, b"input = 'a'\nrecipe = 'moco-v2'\nshard-bytes = '2MB'\nmax-rejects = 3\n")
+            .unwrap();
+        let resolve =
+            |options: PackOptions| PackConfig::resolve(&options, Some(&path), &CommonArgs::default()).unwrap();
+        let from_file = resolve(PackOptions::default());
+        assert_eq!((from_file.shards.shard_samples, from_file.max_rejects), (3, MaxRejects::Count(3)));
+        let with_flag = resolve(PackOptions { shard_samples: Some(9), ..PackOptions::default() });
+        assert_eq!(with_flag.shards.shard_samples, 9);
+    }
+}
