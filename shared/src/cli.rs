@@ -62,7 +62,7 @@ pub fn print(text: &str) -> Result<()> {
 /// Writes a value as JSON to standard output.
 ///
 /// # Errors
-/// As [`print`].
+/// As [`print()`].
 pub fn print_json(value: &impl Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(value).map_err(|e| Error::invalid(format!("no JSON form: {e}"), ""))?;
     print(&text)
