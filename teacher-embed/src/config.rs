@@ -1,0 +1,174 @@
+//! What a command line asks for, validated.
+
+use std::path::{Path, PathBuf};
+
+use shared::embedding::EmbeddingDtype;
+use shared::models::Arch;
+use shared::weights::names::Method;
+use shared::{Error, Result, cli};
+
+use crate::args::{EmbedArgs, EmbedOptions, VerifyArgs};
+
+/// Images that the teacher computes at a time: part of what decides the bytes, so it is no option.
+pub const TEACHER_BATCH: usize = 16;
+/// Images prepared at a time unless the user says otherwise.
+const DEFAULT_BATCH_SIZE: u32 = 64;
+
+/// What `embed` does.
+#[derive(Debug, Clone)]
+pub struct EmbedConfig {
+    /// The shard set.
+    pub shards: PathBuf,
+    /// The checkpoint or run.
+    pub weights: PathBuf,
+    /// The directory to write.
+    pub output: PathBuf,
+    /// The architecture, where the user gave one.
+    pub arch: Option<Arch>,
+    /// The method, where the user gave one.
+    pub method: Option<Method>,
+    /// Where the state dict is, where the user said so.
+    pub state_key: Option<String>,
+    /// Element type of the stored embeddings.
+    pub dtype: EmbeddingDtype,
+    /// Images prepared at a time, a multiple of [`TEACHER_BATCH`].
+    pub batch_size: usize,
+    /// Worker threads; none for all cores.
+    pub threads: Option<u16>,
+    /// Print the summary as JSON.
+    pub json: bool,
+    /// Show no progress.
+    pub quiet: bool,
+    /// Start again.
+    pub overwrite: bool,
+}
+
+impl EmbedConfig {
+    /// The defaults, for a program that calls [`crate::embed()`].
+    pub fn new(shards: impl Into<PathBuf>, weights: impl Into<PathBuf>, output: impl Into<PathBuf>) -> Self {
+        Self {
+            shards: shards.into(),
+            weights: weights.into(),
+            output: output.into(),
+            arch: None,
+            method: None,
+            state_key: None,
+            dtype: EmbeddingDtype::default(),
+            batch_size: DEFAULT_BATCH_SIZE as usize,
+            threads: None,
+            json: false,
+            quiet: true,
+            overwrite: false,
+        }
+    }
+
+    /// Lays the flags over the configuration file and checks them.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a missing option or one that makes no sense, [`Error::Invalid`] for a device that this
+    /// program cannot use, [`Error::Missing`] for a path that is not there.
+    pub fn resolve(args: &EmbedArgs) -> Result<Self> {
+        let options: EmbedOptions = cli::with_config_file(args.config.as_deref(), &args.options)?;
+        check_device(options.device.as_deref().unwrap_or("cpu"))?;
+        let batch_size = options.batch_size.unwrap_or(DEFAULT_BATCH_SIZE);
+        if batch_size == 0 {
+            return Err(Error::usage("`batch-size` must be at least 1"));
+        }
+        let config = Self {
+            arch: options.arch,
+            method: options.method,
+            state_key: options.state_key,
+            dtype: options.dtype.unwrap_or_default(),
+            batch_size: (batch_size as usize).next_multiple_of(TEACHER_BATCH),
+            threads: args.common.threads,
+            json: args.common.json,
+            quiet: args.common.quiet,
+            overwrite: args.common.overwrite,
+            ..Self::new(
+                required("shards", options.shards)?,
+                required("weights", options.weights)?,
+                required("output", options.output)?,
+            )
+        };
+        weights_must_exist(&config.weights)?;
+        Ok(config)
+    }
+}
+
+/// What `verify` does.
+#[derive(Debug, Clone)]
+pub struct VerifyConfig {
+    /// The embedding set.
+    pub embeddings: PathBuf,
+    /// The shard set, where the user gave one.
+    pub shards: Option<PathBuf>,
+    /// The weights to compute rows with.
+    pub weights: Option<PathBuf>,
+    /// How many samples to compute.
+    pub sample: usize,
+    /// Worker threads; none for all cores.
+    pub threads: Option<u16>,
+    /// Print the result as JSON.
+    pub json: bool,
+    /// Show no progress.
+    pub quiet: bool,
+}
+
+impl VerifyConfig {
+    /// Checks the flags.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] for weights that are not there.
+    pub fn resolve(args: &VerifyArgs) -> Result<Self> {
+        if let Some(weights) = &args.weights {
+            weights_must_exist(weights)?;
+        }
+        Ok(Self {
+            embeddings: args.embeddings.clone(),
+            shards: args.shards.clone(),
+            weights: args.weights.clone(),
+            sample: args.sample as usize,
+            threads: args.threads,
+            json: args.json,
+            quiet: args.quiet,
+        })
+    }
+}
+
+fn weights_must_exist(path: &Path) -> Result<()> {
+    cli::must_exist("checkpoint", path).map(drop)
+}
+
+fn required(flag: &str, value: Option<PathBuf>) -> Result<PathBuf> {
+    value
+        .ok_or_else(|| Error::usage(format!("`--{flag}` is required, as a flag or as `{flag}` in the `--config` file")))
+}
+
+fn check_device(device: &str) -> Result<()> {
+    let index = device.strip_prefix("cuda").map(|rest| rest.strip_prefix(':').unwrap_or(rest));
+    match (device, index) {
+        ("cpu", _) => Ok(()),
+        (_, Some(index)) if index.is_empty() || index.parse::<u16>().is_ok() => Err(Error::invalid(
+            "this build of `teacher-embed` has no CUDA",
+            "leave `--device` out to compute on the CPU",
+        )),
+        _ => Err(Error::usage(format!("`{device}` is no device, expected `cpu` or `cuda:N`"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_told_apart() {
+        assert!(check_device("cpu").is_ok());
+        for device in ["cuda", "cuda:0", "cuda:12"] {
+            let error = check_device(device).unwrap_err();
+            assert_eq!((error.exit_status(), error.to_string().contains("no CUDA")), (1, true), "{device}");
+        }
+        for device in ["gpu", "cuda:x", "cpu:0", ""] {
+            assert_eq!(check_device(device).unwrap_err().exit_status(), 2, "{device}");
+        }
+    }
+}

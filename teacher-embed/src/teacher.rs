@@ -1,0 +1,193 @@
+//! The teacher: its weights loaded, frozen, in evaluation mode.
+
+use std::path::Path;
+
+use candle_core::Tensor;
+use serde::Serialize;
+use serde_json::{Value, json};
+use shared::io::hash_file;
+use shared::manifest::Input;
+use shared::models::{Arch, Encoder};
+use shared::ops::Mode;
+use shared::run::Run;
+use shared::weights::names::{Method, Recognised, fit, recognise};
+use shared::weights::{Checkpoint, Entry};
+use shared::{Error, Result};
+
+/// The role under which an embedding set records its weights.
+pub const WEIGHTS_ROLE: &str = "weights";
+
+/// A frozen network and what its embedding is.
+#[derive(Debug)]
+pub struct Teacher {
+    encoder: Encoder,
+    output: Output,
+    description: TeacherDescription,
+    input: Input,
+}
+
+/// What is taken as the embedding.
+#[derive(Debug)]
+enum Output {
+    /// The encoder's own head.
+    Head,
+    /// The pooled features.
+    Features,
+    /// One linear layer: `(F, D)` and `(D,)`.
+    Linear(Tensor, Tensor),
+}
+
+/// What the manifest says about the teacher.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct TeacherDescription {
+    /// The architecture.
+    pub arch: Arch,
+    /// The method.
+    pub method: Method,
+    /// D: the width of an embedding.
+    pub embedding_dim: usize,
+    /// Where the weights were found: format, state dict and prefix, or the checkpoint of a run.
+    pub source: Value,
+}
+
+impl Teacher {
+    /// Loads a checkpoint or the query encoder of a finished run; `arch` and `method` are recognised when not given.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when the weights belong to no known architecture, or to another one than asked for: then it
+    /// lists what is missing and unexpected. [`Error::Damaged`], [`Error::Missing`] and [`Error::Io`] as
+    /// [`Checkpoint::open`].
+    pub fn load(path: &Path, arch: Option<Arch>, method: Option<Method>, state_key: Option<&str>) -> Result<Self> {
+        if path.is_dir() { Self::from_run(path, arch, method) } else { Self::from_file(path, arch, method, state_key) }
+    }
+
+    fn from_run(path: &Path, arch: Option<Arch>, method: Option<Method>) -> Result<Self> {
+        let run = Run::open(path)?;
+        let encoder = run.query_encoder()?;
+        let head = encoder.head();
+        let known = (encoder.arch(), Method::MocoV2);
+        let asked = (arch.unwrap_or(known.0), method.unwrap_or(known.1));
+        if asked != known && asked != (known.0, Method::Backbone) {
+            return Err(Error::invalid(
+                format!("the run `{}` holds {} ({}), not {} ({})", path.display(), known.0, known.1, asked.0, asked.1),
+                "leave `--arch` and `--method` out: a run knows its own",
+            ));
+        }
+        let (output, embedding_dim) = match (asked.1, head) {
+            (Method::MocoV2, Some(head)) => (Output::Head, head.embedding_dim),
+            _ => (Output::Features, asked.0.feature_width()),
+        };
+        let details = run.details();
+        let source = json!({ "objective": details.objective, "checkpoint": details.checkpoint });
+        let description = TeacherDescription { arch: asked.0, method: asked.1, embedding_dim, source };
+        Ok(Self { encoder, output, description, input: run.manifest().as_input(WEIGHTS_ROLE, path) })
+    }
+
+    fn from_file(path: &Path, arch: Option<Arch>, method: Option<Method>, state_key: Option<&str>) -> Result<Self> {
+        let checkpoint = Checkpoint::open_at(path, state_key)?;
+        let fitted = choose(&checkpoint, arch, method)?;
+        let tensors = fitted.load(&checkpoint)?;
+        let encoder = Encoder::new(fitted.arch, fitted.head_config(), 0)?;
+        encoder.store().load(&tensors)?;
+        let output = match fitted.method {
+            Method::MocoV2 => Output::Head,
+            Method::MocoV1 => {
+                let layer = |name: &str| checkpoint.tensor(&format!("{}{name}", fitted.prefix));
+                Output::Linear(layer("fc.weight")?.t()?.contiguous()?, layer("fc.bias")?)
+            }
+            _ => Output::Features,
+        };
+        let description = TeacherDescription {
+            arch: fitted.arch,
+            method: fitted.method,
+            embedding_dim: fitted.embedding_dim(),
+            source: json!({
+                "format": checkpoint.format().to_string(),
+                "state-key": checkpoint.state_key(),
+                "prefix": fitted.prefix,
+            }),
+        };
+        let fingerprint = hash_file(path)?.blake3;
+        let input = Input { role: WEIGHTS_ROLE.into(), path: path.display().to_string(), fingerprint };
+        Ok(Self { encoder, output, description, input })
+    }
+
+    /// What the manifest says about it.
+    pub fn description(&self) -> &TeacherDescription {
+        &self.description
+    }
+
+    /// The weights as an input of the embedding set.
+    pub fn input(&self) -> &Input {
+        &self.input
+    }
+
+    /// The final embeddings.
+    ///
+    /// # Shapes
+    /// - `xs`: `(B, H, W, 3)` f32, normalised images
+    /// - returns: `(B, D)` f32, rows of unit length
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when a row has no direction: the weights hold numbers that are not finite, or are all zero.
+    pub fn embeddings(&self, xs: &Tensor) -> Result<Vec<f32>> {
+        let rows = match &self.output {
+            Output::Head => self.encoder.embeddings(xs, Mode::Eval)?,
+            Output::Features => unit_rows(&self.encoder.features(xs, Mode::Eval)?)?,
+            Output::Linear(weight, bias) => {
+                let features = self.encoder.features(xs, Mode::Eval)?;
+                unit_rows(&features.matmul(weight)?.broadcast_add(bias)?)?
+            }
+        };
+        let rows = rows.flatten_all()?.to_vec1::<f32>()?;
+        let dim = self.description.embedding_dim.max(1);
+        let sound = rows.chunks_exact(dim).all(|row| {
+            let norm: f32 = row.iter().map(|value| value * value).sum();
+            (norm - 1.0).abs() < 1e-2
+        });
+        if !sound {
+            return Err(Error::invalid(
+                format!("the teacher of `{}` gives embeddings without a direction", self.input.path),
+                "its weights hold zeros only or numbers that are not finite: check the checkpoint",
+            ));
+        }
+        Ok(rows)
+    }
+}
+
+/// Rows scaled to unit length.
+fn unit_rows(rows: &Tensor) -> Result<Tensor> {
+    let norms = rows.sqr()?.sum_keepdim(1)?.sqrt()?.clamp(1e-12, f64::MAX)?;
+    Ok(rows.broadcast_div(&norms)?)
+}
+
+/// Names and shapes of a checkpoint's tensors.
+pub(crate) fn names_and_shapes(checkpoint: &Checkpoint) -> Vec<(String, Vec<usize>)> {
+    let pair = |entry: &Entry| (entry.name().to_owned(), entry.shape().to_vec());
+    checkpoint.entries().iter().map(pair).collect()
+}
+
+/// The network to take from a checkpoint.
+fn choose(checkpoint: &Checkpoint, arch: Option<Arch>, method: Option<Method>) -> Result<Recognised> {
+    let entries = names_and_shapes(checkpoint);
+    let fitted = if let Some(arch) = arch {
+        fit(&entries, arch, method)?
+    } else {
+        let likeliest = recognise(&entries)?.into_iter().next().ok_or_else(|| {
+            let hint = "give `--state-key` if the weights are elsewhere in the file; `describe` lists what it holds";
+            Error::invalid(format!("`{}` holds no architecture that is known here", checkpoint.path().display()), hint)
+        })?;
+        match method {
+            Some(method) if method != likeliest.method => fit(&entries, likeliest.arch, Some(method))?,
+            _ => likeliest,
+        }
+    };
+    // A network with further layers of its own kind is another network, even if all of a smaller one is in it.
+    let further = fitted.unexpected.iter().any(|name| {
+        name.strip_prefix(&fitted.prefix).is_some_and(|own| own.starts_with("layer") || own.starts_with("fc."))
+    });
+    if !fitted.is_complete() || further {
+        return Err(fitted.refusal(checkpoint));
+    }
+    Ok(fitted)
+}
