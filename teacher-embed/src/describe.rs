@@ -7,11 +7,10 @@ use std::path::Path;
 use serde::Serialize;
 use serde_json::Value;
 use shared::Result;
-use shared::run::Run;
 use shared::weights::Checkpoint;
 use shared::weights::names::{Recognised, recognise};
 
-use crate::teacher::names_and_shapes;
+use crate::teacher::{names_and_shapes, open_run};
 
 /// The description of a checkpoint.
 #[derive(Debug, Clone, Serialize)]
@@ -51,9 +50,9 @@ pub struct TensorDescription {
 /// Describes a checkpoint, or the last checkpoint of a run.
 ///
 /// # Errors
-/// As [`Checkpoint::open_at`] and [`Run::open`].
+/// As [`Checkpoint::open_at`] and [`shared::run::Run::open`].
 pub fn describe(path: &Path, state_key: Option<&str>) -> Result<Description> {
-    let file = if path.is_dir() { path.join(&Run::open(path)?.details().checkpoint) } else { path.to_path_buf() };
+    let file = if path.is_dir() { path.join(&open_run(path)?.details().checkpoint) } else { path.to_path_buf() };
     let checkpoint = Checkpoint::open_at(&file, state_key)?;
     let tensors = checkpoint.entries().iter().map(|entry| TensorDescription {
         name: entry.name().to_owned(),

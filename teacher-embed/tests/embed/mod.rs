@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use super::fixture::{HEAD, SAMPLES, VIEWS, network, write, write_moco, write_shards};
+use super::fixture::{HEAD, SAMPLES, VIEWS, network, write, write_moco, write_run, write_shards};
 use candle_core::{DType, Device, Tensor};
 use shared::cli::with_threads;
 use shared::data_loader::normalized_batch;
@@ -294,4 +294,34 @@ fn description_tells_the_network_and_what_is_left_over() {
     ] {
         assert!(text.contains(line), "{text}");
     }
+}
+
+#[test]
+fn a_run_and_its_checkpoint_give_the_query_encoder() {
+    let bench = bench();
+    let run = bench.path().join("run");
+    let checkpoint = run.join(write_run(&run, 1).unwrap());
+    embed(&bench.config).unwrap();
+    let expected = rows(&bench.config);
+    for (name, weights) in [("of_run", &run), ("of_file", &checkpoint)] {
+        let config = EmbedConfig { weights: weights.clone(), ..bench.writing_to(name) };
+        let embedded = embed(&config).unwrap();
+        assert_eq!(embedded.teacher.method, Method::MocoV2);
+        assert_eq!(rows(&config), expected, "{name}");
+    }
+    assert_eq!(describe(&run, None).unwrap().recognised[0].prefix, "query.");
+
+    let config = EmbedConfig { weights: run.clone(), arch: Some(Arch::ResNet50), ..bench.writing_to("other") };
+    let message = embed(&config).unwrap_err().to_string();
+    assert!(message.contains("holds resnet18 (moco-v2), not resnet50 (moco-v2)"), "{message}");
+
+    let mut bytes = fs::read(&checkpoint).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    shared::io::write_atomic(&checkpoint, &bytes).unwrap();
+    let error = embed(&EmbedConfig { arch: None, ..config.clone() }).unwrap_err();
+    assert!(matches!(error, Error::Damaged { fault: Fault::Hash { .. }, .. }), "{error}");
+
+    fs::remove_file(run.join(MANIFEST_FILE)).unwrap();
+    let hint = embed(&EmbedConfig { arch: None, ..config }).unwrap_err().hint().unwrap();
+    assert!(hint.contains("student-train") && hint.contains("step-00000004.safetensors"), "{hint}");
 }

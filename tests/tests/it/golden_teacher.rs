@@ -72,7 +72,10 @@ fn teacher_embeddings_equal_those_of_pytorch() -> Result<()> {
             set.read(number / VIEWS, number % VIEWS, &mut row)?;
             for (found, expected) in row.iter().zip(expected.as_array().context("row")?) {
                 let expected = expected.as_f64().context("number")?;
-                assert!((f64::from(*found) - expected).abs() < TOLERANCE, "{arch} {method}, row {number}: {found} {expected}");
+                assert!(
+                    (f64::from(*found) - expected).abs() < TOLERANCE,
+                    "{arch} {method}, row {number}: {found} {expected}"
+                );
             }
         }
     }

@@ -2,3 +2,4 @@
 
 mod golden_losses;
 mod golden_models;
+mod golden_teacher;
