@@ -213,14 +213,27 @@ pub fn train(
     })
 }
 
-/// Refuses what cannot be trained, before anything is computed.
-fn check(train: &FeatureRows<'_>, val: &FeatureRows<'_>, config: &ProbeConfig) -> Result<()> {
+/// Refuses settings that train nothing.
+///
+/// # Errors
+/// [`Error::Usage`].
+pub fn check_config(config: &ProbeConfig) -> Result<()> {
     if config.epochs == 0 || config.batch_size == 0 {
         return Err(Error::usage("`--epochs` and `--batch-size` must be at least 1"));
     }
     if config.lr.is_empty() || config.lr.iter().any(|lr| !lr.is_finite() || *lr <= 0.0) {
         return Err(Error::usage("every `--lr` must be a positive number"));
     }
+    let fractions = [("--momentum", config.momentum), ("--weight-decay", config.weight_decay)];
+    match fractions.iter().find(|(_, value)| !(0.0..1.0).contains(value)) {
+        Some((flag, value)) => Err(Error::usage(format!("`{flag}` must be at least 0 and below 1, got {value}"))),
+        None => Ok(()),
+    }
+}
+
+/// Refuses what cannot be trained, before anything is computed.
+fn check(train: &FeatureRows<'_>, val: &FeatureRows<'_>, config: &ProbeConfig) -> Result<()> {
+    check_config(config)?;
     if train.is_empty() || val.is_empty() {
         return Err(Error::invalid("the training or the validation set is empty", ""));
     }
@@ -382,6 +395,8 @@ mod tests {
             ProbeConfig { lr: vec![f64::NAN], ..config() },
             ProbeConfig { epochs: 0, ..config() },
             ProbeConfig { batch_size: 0, ..config() },
+            ProbeConfig { momentum: 1.0, ..config() },
+            ProbeConfig { weight_decay: -0.1, ..config() },
         ] {
             assert_eq!(run(&config).unwrap_err().exit_status(), 2);
         }
