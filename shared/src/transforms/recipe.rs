@@ -83,10 +83,10 @@ pub enum Crop {
     /// A random box, resized to the size of the view.
     RandomResized {
         /// Share of the image's area.
-        scale: [f32; 2],
+        scale: [f64; 2],
         /// Width over height.
         #[serde(default = "default_ratio")]
-        ratio: [f32; 2],
+        ratio: [f64; 2],
     },
     /// The short side is resized to the size of the view divided by `fraction`, then the centre is kept.
     Center {
@@ -95,8 +95,14 @@ pub enum Crop {
     },
 }
 
-fn default_ratio() -> [f32; 2] {
-    [3.0 / 4.0, 4.0 / 3.0]
+/// Three quarters and four thirds. All numbers of a recipe are written with few digits, so that they survive JSON and TOML exactly,
+/// and become f32 when a view is drawn, as in PyTorch.
+fn default_ratio() -> [f64; 2] {
+    [0.75, 1.333_333_4]
+}
+
+fn as_f32(range: [f64; 2]) -> [f32; 2] {
+    range.map(|limit| limit as f32)
 }
 
 /// A step that is all or nothing.
@@ -104,7 +110,7 @@ fn default_ratio() -> [f32; 2] {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Chance {
     /// How often it happens, 0 to 1.
-    pub probability: f32,
+    pub probability: f64,
 }
 
 /// Colour jitter; a strength of 0 leaves that property alone.
@@ -112,24 +118,24 @@ pub struct Chance {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct ColorJitter {
     /// How often it happens, 0 to 1.
-    pub probability: f32,
+    pub probability: f64,
     /// Largest distance of the brightness factor from 1.
     #[serde(default)]
-    pub brightness: f32,
+    pub brightness: f64,
     /// Largest distance of the contrast factor from 1.
     #[serde(default)]
-    pub contrast: f32,
+    pub contrast: f64,
     /// Largest distance of the saturation factor from 1.
     #[serde(default)]
-    pub saturation: f32,
+    pub saturation: f64,
     /// Largest turn of the hue, as a share of the circle; at most 0.5.
     #[serde(default)]
-    pub hue: f32,
+    pub hue: f64,
 }
 
 impl ColorJitter {
     fn strengths(&self) -> color_jitter::Strengths {
-        [self.brightness, self.contrast, self.saturation, self.hue]
+        [self.brightness, self.contrast, self.saturation, self.hue].map(|strength| strength as f32)
     }
 }
 
@@ -138,9 +144,9 @@ impl ColorJitter {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct GaussianBlur {
     /// How often it happens, 0 to 1.
-    pub probability: f32,
+    pub probability: f64,
     /// Range of the standard deviation, in pixels of the view.
-    pub sigma: [f32; 2],
+    pub sigma: [f64; 2],
 }
 
 /// Solarisation.
@@ -148,7 +154,7 @@ pub struct GaussianBlur {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Solarize {
     /// How often it happens, 0 to 1.
-    pub probability: f32,
+    pub probability: f64,
     /// Bytes from here on are inverted.
     pub threshold: u8,
 }
@@ -245,11 +251,11 @@ impl Recipe {
 
     /// Checks that every number makes sense; says what does not.
     fn validate(&self) -> Result<(), String> {
-        let rising = |what: &str, range: [f32; 2], low: f32, high: f32| {
+        let rising = |what: &str, range: [f64; 2], low: f64, high: f64| {
             let ok = range[0] > low && range[0] <= range[1] && range[1] <= high;
             if ok { Ok(()) } else { Err(format!("`{what}` must rise within {low} to {high}, found {range:?}")) }
         };
-        let within = |what: &str, value: f32, high: f32| {
+        let within = |what: &str, value: f64, high: f64| {
             let ok = (0.0..=high).contains(&value);
             if ok { Ok(()) } else { Err(format!("`{what}` must lie in 0 to {high}, found {value}")) }
         };
@@ -301,18 +307,19 @@ impl Recipe {
     /// torchvision 0.29.2, the transforms' `get_params`: same distributions. The stream of random numbers is our own.
     pub fn draw(&self, rng: &mut KeyedRng, height: usize, width: usize) -> ViewParams {
         let crop = match self.crop {
-            Crop::RandomResized { scale, ratio } => crop::draw(rng, height, width, scale, ratio),
+            Crop::RandomResized { scale, ratio } => crop::draw(rng, height, width, as_f32(scale), as_f32(ratio)),
             Crop::Center { .. } => CropBox::whole(height, width),
         };
-        let jitter = self.color_jitter.filter(|jitter| rng.unit_f32() <= jitter.probability);
+        let jitter = self.color_jitter.filter(|jitter| rng.unit_f32() <= jitter.probability as f32);
         let jitter = jitter.map(|jitter| color_jitter::draw(rng, jitter.strengths()));
-        let grayscale = self.grayscale.is_some_and(|step| grayscale::draw(rng, step.probability));
-        let blur_sigma = self.gaussian_blur.and_then(|step| gaussian_blur::draw(rng, step.probability, step.sigma));
-        let solarize = self.solarize.filter(|step| solarize::draw(rng, step.probability));
+        let grayscale = self.grayscale.is_some_and(|step| grayscale::draw(rng, step.probability as f32));
+        let blur_sigma =
+            self.gaussian_blur.and_then(|step| gaussian_blur::draw(rng, step.probability as f32, as_f32(step.sigma)));
+        let solarize = self.solarize.filter(|step| solarize::draw(rng, step.probability as f32));
         ViewParams {
             source: (height, width),
             crop,
-            flip: self.flip.is_some_and(|step| flip::draw(rng, step.probability)),
+            flip: self.flip.is_some_and(|step| flip::draw(rng, step.probability as f32)),
             jitter,
             grayscale,
             blur_sigma,
@@ -425,6 +432,17 @@ mod tests {
         let text: Vec<String> = row.iter().map(f32::to_string).collect();
         let pinned = "30 124 236 192 1 1.1554246 0.63702536 0.6752035 -0.026892051 1 0 3 2 0 0.53188616 -1 333 500";
         assert_eq!(text.join(" "), pinned);
+    }
+
+    #[test]
+    fn recipes_survive_json_exactly() {
+        for name in Recipe::BUILT_IN {
+            let recipe = serde_json::to_value(Recipe::named_or_file(name).unwrap()).unwrap();
+            let text = recipe.to_string();
+            assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap(), recipe);
+            assert!(text.len() < 500, "long numbers: {text}");
+        }
+        assert_eq!(as_f32(default_ratio()), [3.0 / 4.0, 4.0 / 3.0]);
     }
 
     #[test]
