@@ -17,8 +17,10 @@ pub struct Progress {
     label: String,
     unit: &'static str,
     bar: ProgressBar,
-    /// When the last plain line was written; none on a terminal or when quiet.
-    last_line: Option<Mutex<Instant>>,
+    /// When and where the work began, for the mean rate.
+    began: Mutex<(Instant, u64)>,
+    /// When the last plain line was written, and at which position; none on a terminal or when quiet.
+    last_line: Option<Mutex<(Instant, Option<u64>)>>,
 }
 
 impl Progress {
@@ -33,8 +35,8 @@ impl Progress {
             bar.set_style(style.progress_chars("=> "));
         }
         bar.set_prefix(label.clone());
-        let last_line = (!quiet && !terminal).then(|| Mutex::new(Instant::now()));
-        Self { label, unit, bar, last_line }
+        let last_line = (!quiet && !terminal).then(|| Mutex::new((Instant::now(), None)));
+        Self { label, unit, bar, began: Mutex::new((Instant::now(), 0)), last_line }
     }
 
     /// Counts work done.
@@ -47,6 +49,9 @@ impl Progress {
     pub fn start_at(&self, position: u64) {
         self.bar.set_position(position);
         self.bar.reset_eta();
+        if let Ok(mut began) = self.began.lock() {
+            *began = (Instant::now(), position);
+        }
     }
 
     /// Shows a short text behind the numbers: the loss, the file at hand.
@@ -61,32 +66,56 @@ impl Progress {
 
     /// Ends the display, with a last line in a log.
     pub fn finish(&self) {
-        if self.last_line.is_some() {
-            self.line();
-        }
+        self.line_after(Duration::ZERO);
         self.bar.finish();
     }
 
     fn line_if_due(&self) {
-        let Some(last) = &self.last_line else { return };
-        let Ok(mut last) = last.lock() else { return };
-        if last.elapsed() >= LINE_INTERVAL {
-            *last = Instant::now();
-            self.line();
+        self.line_after(LINE_INTERVAL);
+    }
+
+    /// Writes a plain line when the last one is older than `interval` and told of another position.
+    fn line_after(&self, interval: Duration) {
+        let Some(Ok(mut last)) = self.last_line.as_ref().map(Mutex::lock) else { return };
+        let position = self.bar.position();
+        if last.0.elapsed() >= interval && last.1 != Some(position) {
+            *last = (Instant::now(), Some(position));
+            note(&self.line(position));
         }
     }
 
-    fn line(&self) {
-        let (done, total) = (self.bar.position(), self.bar.length().unwrap_or(0));
-        let rate = self.bar.per_sec();
-        let left = if done < total { format!(", {} s left", self.bar.eta().as_secs()) } else { String::new() };
+    fn line(&self, done: u64) -> String {
+        let total = self.bar.length().unwrap_or(0);
+        let (began, from) = self.began.lock().map_or((Instant::now(), done), |began| *began);
+        let rate = done.saturating_sub(from) as f64 / began.elapsed().as_secs_f64().max(1e-9);
+        let left = if done < total && rate > 0.0 {
+            format!(", {:.0} s left", total.saturating_sub(done) as f64 / rate)
+        } else {
+            String::new()
+        };
         let message = self.bar.message();
         let separator = if message.is_empty() { "" } else { "  " };
-        note(&format!("{}: {done}/{total} {} ({rate:.1}/s{left}){separator}{message}", self.label, self.unit));
+        format!("{}: {done}/{total} {} ({rate:.1}/s{left}){separator}{message}", self.label, self.unit)
     }
 }
 
 /// Writes one line to standard error; a closed standard error is not worth failing for.
 pub fn note(text: &str) {
     drop(writeln!(std::io::stderr(), "{text}"));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn line_tells_position_rate_and_message() {
+        let progress = Progress::new("embedding", "images", 10, true);
+        progress.start_at(4);
+        progress.inc(2);
+        progress.message("shard 1");
+        let line = progress.line(6);
+        assert!(line.starts_with("embedding: 6/10 images (") && line.ends_with("s left)  shard 1"), "{line}");
+        assert!(!progress.line(10).contains("left"));
+    }
 }
