@@ -28,7 +28,7 @@ pub enum Command {
     /// Compute the embeddings of a shard set
     ///
     /// Writes OUTPUT/embeddings-00000.safetensors and so on, one for each shard and row for row with it: `embeddings`
-    /// [n, V, D], rows of unit length, and `sample_ids` [n]; then OUTPUT/manifest.json, which ties the set to the
+    /// of shape (n, V, D), rows of unit length, and `sample_ids`; then OUTPUT/manifest.json, which ties the set to the
     /// fingerprints of the shards and the weights. The teacher is in evaluation mode: batch normalisation uses its
     /// running statistics.
     ///

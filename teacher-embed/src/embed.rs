@@ -71,6 +71,10 @@ pub fn embed(config: &EmbedConfig) -> Result<Embedded> {
         return Err(Error::invalid(format!("the shard set `{}` holds no samples", config.shards.display()), ""));
     }
     let teacher = Teacher::load(&config.weights, config.arch, config.method, config.state_key.as_deref())?;
+    if let Some(first) = teacher.unused().first().filter(|_| !config.quiet) {
+        let count = teacher.unused().len();
+        note(&format!("{count} tensors of the checkpoint are not used, `{}` the first", first.escape_debug()));
+    }
     let inputs = vec![shards.manifest().as_input(SHARDS_ROLE, &config.shards), teacher.input().clone()];
     let description = teacher.description();
     let resolved = json!({

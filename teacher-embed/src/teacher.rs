@@ -24,6 +24,7 @@ pub struct Teacher {
     output: Output,
     description: TeacherDescription,
     input: Input,
+    unused: Vec<String>,
 }
 
 /// What is taken as the embedding.
@@ -81,7 +82,8 @@ impl Teacher {
         let details = run.details();
         let source = json!({ "objective": details.objective, "checkpoint": details.checkpoint });
         let description = TeacherDescription { arch: asked.0, method: asked.1, embedding_dim, source };
-        Ok(Self { encoder, output, description, input: run.manifest().as_input(WEIGHTS_ROLE, path) })
+        let input = run.manifest().as_input(WEIGHTS_ROLE, path);
+        Ok(Self { encoder, output, description, input, unused: Vec::new() })
     }
 
     fn from_file(path: &Path, arch: Option<Arch>, method: Option<Method>, state_key: Option<&str>) -> Result<Self> {
@@ -110,7 +112,7 @@ impl Teacher {
         };
         let fingerprint = hash_file(path)?.blake3;
         let input = Input { role: WEIGHTS_ROLE.into(), path: path.display().to_string(), fingerprint };
-        Ok(Self { encoder, output, description, input })
+        Ok(Self { encoder, output, description, input, unused: fitted.unexpected })
     }
 
     /// What the manifest says about it.
@@ -121,6 +123,11 @@ impl Teacher {
     /// The weights as an input of the embedding set.
     pub fn input(&self) -> &Input {
         &self.input
+    }
+
+    /// Tensors of the file that neither the network nor its method accounts for, and that were left aside.
+    pub fn unused(&self) -> &[String] {
+        &self.unused
     }
 
     /// The final embeddings.
@@ -214,8 +221,13 @@ fn choose(checkpoint: &Checkpoint, arch: Option<Arch>, method: Option<Method>) -
     let further = fitted.unexpected.iter().any(|name| {
         name.strip_prefix(&fitted.prefix).is_some_and(|own| own.starts_with("layer") || own.starts_with("fc."))
     });
-    if !fitted.is_complete() || further {
-        return Err(fitted.refusal(checkpoint));
+    if fitted.is_complete() && !further {
+        return Ok(fitted);
     }
-    Ok(fitted)
+    let mut error = fitted.refusal(checkpoint);
+    let holds = recognise(&entries)?.into_iter().next().filter(Recognised::is_complete);
+    if let (Error::Invalid { hint, .. }, Some(holds)) = (&mut error, holds) {
+        *hint = format!("it holds {} ({}): leave `--arch` and `--method` out", holds.arch, holds.method);
+    }
+    Err(error)
 }
