@@ -1,0 +1,101 @@
+//! The four stages in sequence, as a user runs them, and the same bytes whatever the number of threads.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use clap::Parser as _;
+use serde_json::Value;
+use tests::{assert_same_contents, write_photos};
+
+/// Words of a command line.
+fn words<'a>(program: &'a str, line: &'a str) -> impl Iterator<Item = &'a str> {
+    std::iter::once(program).chain(line.split_whitespace())
+}
+
+pub(crate) fn data_prep(line: &str) -> Result<()> {
+    data_prep::run(&data_prep::Args::try_parse_from(words("data-prep", line))?).with_context(|| line.to_string())
+}
+
+pub(crate) fn teacher_embed(line: &str) -> Result<()> {
+    let args = teacher_embed::Args::try_parse_from(words("teacher-embed", line))?;
+    teacher_embed::run(&args).with_context(|| line.to_string())
+}
+
+pub(crate) fn student_train(line: &str) -> Result<()> {
+    let args = student_train::Args::try_parse_from(words("student-train", line))?;
+    student_train::run_and_print(&args).with_context(|| line.to_string())
+}
+
+fn student_eval(line: &str) -> Result<()> {
+    eval::run(&eval::Args::try_parse_from(words("student-eval", line))?).with_context(|| line.to_string())
+}
+
+/// Options that make a training tiny.
+pub(crate) const TINY: &str = "--student resnet18 --epochs 2 --batch-size 8 --bn-groups 2 --queue-size 16 \
+                               --key-momentum 0.9 --head-hidden 32 --embedding-dim 16 --quiet";
+
+/// Photos, shards and a pretrained teacher.
+pub(crate) fn prepare(root: &Path, threads: u16) -> Result<()> {
+    let at = root.display();
+    write_photos(&root.join("photos/train"), 8, 1)?;
+    write_photos(&root.join("photos/val"), 3, 2)?;
+    let common = format!("--size 32 --shard-samples 9 --quiet --threads {threads}");
+    data_prep(&format!("pack --input {at}/photos/train --output {at}/shards --recipe moco-v2 --views 3 {common}"))?;
+    data_prep(&format!("pack --input {at}/photos/train --output {at}/probe --recipe linear-train --views 2 {common}"))?;
+    data_prep(&format!("pack --input {at}/photos/val --output {at}/val --recipe eval-center {common}"))?;
+    student_train(&format!("pretrain --shards {at}/shards --output {at}/teacher --threads {threads} {TINY}"))?;
+    teacher_embed(&format!(
+        "embed --shards {at}/shards --weights {at}/teacher --output {at}/embeddings --quiet --threads {threads}"
+    ))
+}
+
+fn whole_pipeline(root: &Path, threads: u16) -> Result<()> {
+    prepare(root, threads)?;
+    let at = root.display();
+    let common = format!("--quiet --threads {threads}");
+    student_train(&format!(
+        "distill --shards {at}/shards --embeddings {at}/embeddings --output {at}/student --threads {threads} {TINY}"
+    ))?;
+    student_train(&format!("export {at}/student --format safetensors --output {at}/exported.safetensors"))?;
+    let sets = format!("--train {at}/probe --val {at}/val {at}/teacher {at}/student {common}");
+    student_eval(&format!("knn {sets}"))?;
+    student_eval(&format!("linear --epochs 10 --lr 0.1,1 {sets}"))?;
+    student_eval(&format!("report {at}/teacher {at}/student --output {at}/report {common}"))
+}
+
+#[test]
+fn four_stages_give_the_same_bytes_at_one_and_two_threads() -> Result<()> {
+    let scratch = tempfile::tempdir()?;
+    // Manifests name their inputs' paths for people, so both runs use the same path.
+    let (root, one) = (scratch.path().join("root"), scratch.path().join("one"));
+    whole_pipeline(&root, 1)?;
+    fs::rename(&root, &one)?;
+    whole_pipeline(&root, 2)?;
+    assert_same_contents(&one, &root)?;
+
+    let report: Value = serde_json::from_slice(&fs::read(root.join("report/report.json"))?)?;
+    let text = report.to_string();
+    assert!(text.contains("linear") && text.contains("knn"), "{text}");
+    let markdown = fs::read_to_string(root.join("report/report.md"))?;
+    assert!(markdown.contains("teacher") && markdown.contains("student"), "{markdown}");
+    let pictures = fs::read_dir(root.join("report"))?
+        .filter(|entry| entry.as_ref().is_ok_and(|entry| entry.path().extension().is_some_and(|kind| kind == "png")))
+        .count();
+    assert!(pictures >= 3, "{pictures} plots");
+    Ok(())
+}
+
+#[test]
+fn distillation_brings_the_student_closer_to_its_teacher() -> Result<()> {
+    let scratch = tempfile::tempdir()?;
+    prepare(scratch.path(), 2)?;
+    let at = scratch.path().display();
+    let longer = TINY.replace("--epochs 2", "--epochs 6");
+    student_train(&format!("distill --shards {at}/shards --embeddings {at}/embeddings --output {at}/student {longer}"))?;
+    let run = shared::run::Run::open(scratch.path().join("student"))?;
+    let epochs = run.metrics()?.epochs;
+    let distance = |epoch: usize| epochs[epoch].losses.distill_q.unwrap_or(f64::NAN);
+    assert!(distance(5) < 0.7 * distance(0), "{} then {}", distance(0), distance(5));
+    Ok(())
+}
