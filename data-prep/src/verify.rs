@@ -10,6 +10,7 @@ use shared::progress::Progress;
 use shared::rng::KeyedRng;
 use shared::shard::{Shard, ShardSet};
 use shared::transforms::ViewParams;
+use shared::transforms::decode::DECODER;
 use shared::{Error, Fault, Result};
 
 use crate::args::VerifyArgs;
@@ -142,6 +143,17 @@ fn check_rows(shard: &Shard, config: &ShardConfig, seed: u64) -> Result<(), Faul
 }
 
 fn compare_with_source(set: &ShardSet, config: &ShardConfig, source: &Path, samples: usize) -> Result<usize> {
+    if config.decoder != DECODER {
+        return Err(Error::Chain {
+            what: "decoder".into(),
+            path: set.directory().into(),
+            expected: format!("{DECODER}, which this program has"),
+            found: config.decoder.clone(),
+            hint:
+                "other decoders give other pixels: verify without `--source`, or with the program that packed the set"
+                    .into(),
+        });
+    }
     let listing = Listing::scan(source)?;
     let by_id: BTreeMap<u64, &Sample> = listing.samples.iter().map(|sample| (sample.id, sample)).collect();
     let seed = set.manifest().identity.seed;

@@ -262,7 +262,7 @@ fn verify_finds_what_is_wrong() -> Outcome {
 }
 
 #[test]
-fn other_parameters_than_drawn_are_found() -> Outcome {
+fn other_parameters_and_another_decoder_are_found() -> Outcome {
     // A set whose manifest is consistent, but whose views were drawn by another seed.
     let root = tempfile::tempdir()?;
     let (input, output) = (root.path().join("in"), root.path().join("out"));
@@ -274,6 +274,16 @@ fn other_parameters_than_drawn_are_found() -> Outcome {
     Manifest::new(identity, manifest.counts, manifest.details, manifest.files).write(&output)?;
     let error = verify(&verify_args(&output, None)).unwrap_err();
     assert!(error.to_string().contains("other parameters than its recipe draws"), "{error}");
+
+    // and one that names another decoder
+    let manifest = Manifest::read(&output, Stage::DataPrep)?;
+    let mut identity = manifest.identity.clone();
+    identity.seed -= 1;
+    identity.config["decoder"] = "another 1.0".into();
+    Manifest::new(identity, manifest.counts, manifest.details, manifest.files).write(&output)?;
+    assert!(verify(&verify_args(&output, None)).is_ok());
+    let error = verify(&verify_args(&output, Some(&input))).unwrap_err();
+    assert!(matches!(&error, Error::Chain { what, .. } if what == "decoder"), "{error}");
     Ok(())
 }
 
