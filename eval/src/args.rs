@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use clap::builder::RangedU64ValueParser;
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use shared::cli::CommonArgs;
 use shared::models::Arch;
@@ -65,6 +66,11 @@ pub struct SourceArgs {
     /// Directory that receives `features/` and `eval/` [default: RUN; needed for a file of weights]
     #[arg(long, value_name = "DIR")]
     pub output: Option<PathBuf>,
+}
+
+/// Whole numbers from 1 to `most`.
+fn whole_number(most: u64) -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..=most)
 }
 
 /// `student-eval features`.
@@ -136,11 +142,11 @@ pub struct LinearArgs {
     pub lr: Vec<f64>,
 
     /// Passes over the training set
-    #[arg(long, value_name = "N", default_value_t = 100)]
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = whole_number(1_000_000))]
     pub epochs: usize,
 
     /// Samples per update; the last batch of an epoch may be smaller
-    #[arg(long, value_name = "N", default_value_t = 256)]
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = whole_number(1_000_000))]
     pub batch_size: usize,
 
     /// Momentum of SGD

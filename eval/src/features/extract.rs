@@ -92,10 +92,10 @@ pub fn extract(
         let shard = &shards.shards()[index];
         if output.resumed() && is_complete(&path, &details, shard) {
             files.push(hash_file(&path)?);
+            progress.start_at((files_end(shards, index) * shards.views()) as u64);
         } else {
             files.push(extract_shard(extractor, shards, index, &details, &path, &progress)?);
         }
-        progress.start_at((files_end(shards, index) * shards.views()) as u64);
     }
     progress.finish();
     let counts = BTreeMap::from([

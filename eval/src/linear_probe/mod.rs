@@ -22,14 +22,11 @@ pub use inputs::{Normalize, Scaling, epoch_order, view_of};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use shared::rng::KeyedRng;
+use shared::schedule::Steps;
 use shared::{Error, Result};
 
 use crate::feature_rows::FeatureRows;
 
-/// The official epochs, of [`OFFICIAL_EPOCHS`], at which the learning rate is halved.
-pub const OFFICIAL_MILESTONES: [usize; 11] = [5, 10, 15, 20, 25, 30, 35, 40, 45, 60, 80];
-/// The official length that the milestones belong to.
-pub const OFFICIAL_EPOCHS: usize = 100;
 /// Validation rows per matrix product.
 const VAL_BLOCK: usize = 1024;
 
@@ -57,7 +54,7 @@ impl Default for ProbeConfig {
     fn default() -> Self {
         Self {
             lr: vec![3.0],
-            epochs: OFFICIAL_EPOCHS,
+            epochs: Steps::PROBE_EPOCHS as usize,
             batch_size: 256,
             momentum: 0.9,
             weight_decay: 0.0,
@@ -124,13 +121,6 @@ impl ProbeResult {
     }
 }
 
-/// The fraction of the first learning rate that is left in `epoch`, counted from 0: one halving per official milestone,
-/// scaled to `epochs`.
-pub fn lr_factor(epoch: usize, epochs: usize) -> f64 {
-    let passed = OFFICIAL_MILESTONES.iter().filter(|&&milestone| epoch * OFFICIAL_EPOCHS >= milestone * epochs).count();
-    (0..passed).fold(1.0, |factor, _| 0.5 * factor)
-}
-
 /// The first weights of every head, `(C, F)`: normal with standard deviation 0.01, from `seed` alone.
 pub fn initial_weight(num_classes: usize, width: usize, seed: u64) -> Vec<f32> {
     let mut rng = KeyedRng::new("linear-probe-weight", seed, &[]);
@@ -155,13 +145,15 @@ pub fn train(
     let validation = Validation::new(val, num_classes, &scaling)?;
     let weight = initial_weight(num_classes, train.width(), config.seed);
     let mut heads = Heads::new(&weight, num_classes, train.width(), &config.lr, config.momentum, config.weight_decay)?;
-    let mut history: Vec<Vec<EpochAccuracy>> = vec![Vec::with_capacity(config.epochs); config.lr.len()];
+    // The share of each head's first learning rate.
+    let schedule = Steps::probe(1.0, config.epochs as u64);
+    let mut history: Vec<Vec<EpochAccuracy>> = vec![Vec::new(); config.lr.len()];
     for epoch in 0..config.epochs {
         let picks: Vec<(usize, usize)> = epoch_order(train.len(), config.seed, epoch)
             .into_iter()
             .map(|sample| (sample, view_of(sample, epoch, train.views())))
             .collect();
-        let factor = lr_factor(epoch, config.epochs);
+        let factor = schedule.lr(epoch as u64);
         let mut losses = vec![0.0; heads.len()];
         for picks in picks.chunks(config.batch_size) {
             let xs = scaling.batch(train, picks)?;
@@ -195,7 +187,7 @@ pub fn train(
         let best = history.iter().copied().reduce(|best, next| if ahead(&next, &best) { next } else { best })?;
         Some(HeadResult {
             lr,
-            lr_last_epoch: lr * lr_factor(config.epochs - 1, config.epochs),
+            lr_last_epoch: lr * schedule.lr(config.epochs as u64 - 1),
             diverged: history.iter().any(|epoch| epoch.train_loss.is_none()),
             last,
             best,
@@ -334,17 +326,6 @@ mod tests {
         let train_rows = FeatureRows::new(vec![&train_set.0], 2, 4, &train_set.1, &train_set.2)?;
         let val_rows = FeatureRows::new(vec![&val_set.0], 2, 4, &val_set.1, &val_set.2)?;
         train(&train_rows, &val_rows, 3, config, |_| {})
-    }
-
-    #[test]
-    fn official_schedule_and_its_scaling() {
-        let official: Vec<f64> =
-            [0, 4, 5, 10, 45, 59, 60, 79, 80, 99].iter().map(|&epoch| lr_factor(epoch, 100)).collect();
-        let halved = |times| 0.5_f64.powi(times);
-        assert_eq!(official, [0, 0, 1, 2, 9, 9, 10, 10, 11, 11].map(halved));
-        assert_eq!((lr_factor(9, 200), lr_factor(10, 200)), (1.0, 0.5));
-        assert_eq!((lr_factor(0, 10), lr_factor(1, 10), lr_factor(9, 10)), (1.0, 0.25, halved(11)));
-        assert_eq!(lr_factor(0, 1), 1.0);
     }
 
     #[test]

@@ -6,7 +6,8 @@
 
 use std::io::Cursor;
 
-use image::{ImageFormat, RgbImage};
+use image::RgbImage;
+use image::codecs::png::{CompressionType, FilterType, PngEncoder};
 use plotters::backend::{BitMapBackend, DrawingBackend};
 use plotters::coord::Shift;
 use plotters::drawing::{DrawingArea, DrawingAreaErrorKind, IntoDrawingArea as _};
@@ -90,8 +91,9 @@ impl Canvas {
             }))
         });
         let mut bytes = Cursor::new(Vec::new());
+        let encoder = PngEncoder::new_with_quality(&mut bytes, CompressionType::Default, FilterType::Adaptive);
         smooth
-            .write_to(&mut bytes, ImageFormat::Png)
+            .write_with_encoder(encoder)
             .map_err(|e| Error::invalid(format!("a picture cannot be encoded: {e}"), ""))?;
         Ok(bytes.into_inner())
     }

@@ -14,7 +14,7 @@ use std::path::Path;
 
 use shared::cli::{print, print_json, with_threads};
 use shared::io::{create_directory, write_atomic, write_json};
-use shared::progress::{Progress, note};
+use shared::progress::note;
 use shared::{Error, Result};
 
 use crate::args::ReportArgs;
@@ -27,12 +27,9 @@ pub(crate) fn report(args: &ReportArgs) -> Result<()> {
     refuse_foreign(&args.output)?;
     let entries = collect::collect(&args.runs)?;
     let mut summary = summary::summarize(&entries);
-    let progress = Progress::new("report", "runs", entries.len() as u64, args.quiet);
     let mut notes = Vec::new();
-    let drawn = with_threads(args.threads, || {
-        pictures::draw_all(&entries, &summary, args.neighbours.into(), &mut notes, &|| progress.inc(1))
-    })?;
-    progress.finish();
+    let drawn =
+        with_threads(args.threads, || pictures::draw_all(&entries, &summary, args.neighbours.into(), &mut notes))?;
     summary.notes.extend(notes);
     summary.pictures = drawn.iter().map(|drawn| drawn.picture.clone()).collect();
 

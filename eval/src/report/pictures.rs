@@ -22,6 +22,8 @@ use crate::results::{Measurement, Record, SetRecord};
 const MAX_RUNS_WITH_STEPS: usize = 4;
 /// A scatter of more samples is a blot.
 const MAX_POINTS: usize = 4000;
+/// Features and neighbours are drawn for so many runs, the best ones.
+const MAX_PICTURED_RUNS: usize = 12;
 /// Neighbours shown for each query.
 const NEIGHBOURS: usize = 5;
 
@@ -37,13 +39,16 @@ pub(super) fn draw_all(
     summary: &Summary,
     neighbours: usize,
     notes: &mut Vec<String>,
-    tick: &(dyn Fn() + Sync),
 ) -> Result<Vec<Drawn>> {
     let mut drawn = Vec::new();
     drawn.extend(accuracy(summary)?);
     drawn.extend(losses(entries)?);
     drawn.extend(probe(entries, summary)?);
-    for run in &summary.runs {
+    let pictured = summary.runs.iter().take(MAX_PICTURED_RUNS);
+    if summary.runs.iter().filter(|run| run.rank.is_some()).count() > MAX_PICTURED_RUNS {
+        notes.push(format!("Features and neighbours are drawn for the best {MAX_PICTURED_RUNS} runs."));
+    }
+    for run in pictured {
         let entry = &entries[run.index];
         let compared = entry.records.iter().find(|record| is_of(record, summary.knn.as_ref(), summary.linear.as_ref()));
         if let Some(record) = compared {
@@ -54,7 +59,6 @@ pub(super) fn draw_all(
             keep("scatter of features", features(entry, run, record).map(Some));
             keep("nearest neighbours", nearest_pictures(entry, run, record, neighbours));
         }
-        tick();
     }
     Ok(drawn)
 }
