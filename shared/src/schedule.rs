@@ -51,12 +51,13 @@ impl Steps {
     /// The epochs those milestones were made for.
     pub const PROBE_EPOCHS: u64 = 100;
 
-    /// The official linear probe: halved at each of [`Steps::PROBE_MILESTONES`], scaled from 100 to `epochs` and rounded.
+    /// The official linear probe: halved at each of [`Steps::PROBE_MILESTONES`], scaled from 100 to `epochs` and
+    /// rounded up, so that the first epoch always has the whole rate.
     ///
     /// # Source
     /// Official DisCo code @ 1d732c8, the linear evaluation's command lines (`--schedule 5 10 15 ... 60 80`, factor 0.5).
     pub fn probe(lr: f64, epochs: u64) -> Self {
-        let scaled = |milestone: u64| (milestone * epochs + Self::PROBE_EPOCHS / 2) / Self::PROBE_EPOCHS;
+        let scaled = |milestone: u64| (milestone * epochs).div_ceil(Self::PROBE_EPOCHS);
         Self { lr, factor: 0.5, milestones: Self::PROBE_MILESTONES.into_iter().map(scaled).collect() }
     }
 
@@ -98,5 +99,6 @@ mod tests {
         assert_eq!(short.milestones, [1, 1, 2, 2, 3, 3, 4, 4, 5, 6, 8]);
         assert_eq!(short.lr(1), 0.25);
         assert_eq!(short.lr(9), 1.0 / 2048.0);
+        assert_eq!(Steps::probe(1.0, 1).lr(0), 1.0);
     }
 }
