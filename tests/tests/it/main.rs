@@ -1,6 +1,7 @@
 //! Tests across the stages, and golden values from other programs; one binary, one module per subject.
 
 mod chain;
+mod golden_disco;
 mod golden_losses;
 mod golden_models;
 mod golden_teacher;

@@ -1,0 +1,134 @@
+//! Three whole steps of DisCo, and of MoCo v2, against PyTorch: losses, both encoders, momenta and the queue.
+//!
+//! `tests/golden/disco_steps.py` computed the values in f64 and says how. The relative error of a loss is
+//! `|found - golden| / |golden|`; that of a tensor is [`fingerprint_distance`], relative to the tensor's norm.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context as _, Result};
+use candle_core::{Device, Tensor};
+use serde::Deserialize;
+use shared::run::{Losses, Objective};
+use student_train::queue::Queue;
+use student_train::step::{Batch, TrainingState};
+use student_train::student::Student;
+use student_train::{Config, Options};
+use tests::formula::{fingerprint_distance, parameters, unit, unit_rows, values};
+
+/// Largest relative error after three steps in f32, against f64.
+const TOLERANCE: f64 = 1e-4;
+/// The same for momenta, which are gradients: one pixel that the max pool takes from next door moves them by 1e-3.
+const MOMENTUM_TOLERANCE: f64 = 4e-3;
+const SIZE: usize = 64;
+const QUEUE: usize = 20;
+
+#[derive(Deserialize)]
+struct Golden {
+    shuffles: Vec<Vec<u32>>,
+    distill: Trace,
+    pretrain: Trace,
+}
+
+#[derive(Deserialize)]
+struct Trace {
+    losses: Vec<Losses>,
+    pointer: usize,
+    tensors: BTreeMap<String, Vec<f64>>,
+}
+
+fn config(objective: Objective) -> Result<Config> {
+    let options = Options {
+        batch_size: Some(8),
+        bn_groups: Some(2),
+        head_hidden: Some(64),
+        embedding_dim: Some(32),
+        queue_size: Some(QUEUE),
+        ..Options::default()
+    };
+    Ok(Config::new(objective, &options, None)?)
+}
+
+fn batch(config: &Config, step: u64) -> Result<Batch> {
+    let (size, width) = (config.batch_size, config.embedding_dim);
+    let view = |which: &str| values(&format!("view {which} {step}"), &[size, SIZE, SIZE, 3], -2.0, 2.0);
+    let target = |which: &str| unit_rows(&format!("teacher {which} {step}"), size, width);
+    let teacher = match config.objective {
+        Objective::Distill => Some([target("q")?, target("k")?]),
+        Objective::Pretrain => None,
+    };
+    let sample_ids = (0..size as u64).collect();
+    Ok(Batch { step, sample_ids, query_view: view("q")?, key_view: view("k")?, teacher })
+}
+
+/// The script's shifts of batch norm, far from the kink of `ReLU`.
+fn shift(name: &str, count: usize) -> Result<Tensor> {
+    let negative = |u: f64| u < 0.25 && name.ends_with("bn1.bias");
+    let shifts: Vec<f32> =
+        unit(name, count).map(|u| if negative(u) { -3.0 - 4.0 * u } else { 3.0 + u } as f32).collect();
+    Ok(Tensor::from_vec(shifts, count, &Device::Cpu)?)
+}
+
+fn relative(found: f32, golden: f32) -> f64 {
+    (f64::from(found) - f64::from(golden)).abs() / f64::from(golden).abs().max(1e-30)
+}
+
+fn check(objective: Objective, golden: &Trace, shuffles: &[Vec<u32>]) -> Result<()> {
+    let config = config(objective)?;
+    let student = Student::new(config.student, config.head(), config.bn_groups, 0)?;
+    let mut weights = parameters(&student.query().store().names_and_shapes())?;
+    for (name, tensor) in &mut weights {
+        if name.ends_with(".bias") && !name.starts_with("fc.") {
+            *tensor = shift(name, tensor.elem_count())?;
+        }
+    }
+    for encoder in [student.query(), student.key()] {
+        encoder.store().load(&weights)?;
+    }
+    let queue = Queue::from_keys(unit_rows("queue", QUEUE, config.embedding_dim)?, 0)?;
+    let mut state = TrainingState::from_parts(student, queue, &config);
+    for (step, (golden, shuffle)) in golden.losses.iter().zip(shuffles).enumerate() {
+        let found = state.step(&batch(&config, step as u64)?, shuffle, config.lr)?;
+        assert_eq!((found.top1, found.distill_q.is_some()), (golden.top1, golden.distill_q.is_some()), "step {step}");
+        for (term, found, golden) in [
+            ("loss", found.loss, golden.loss),
+            ("info_nce", found.info_nce, golden.info_nce),
+            ("distill_q", found.distill_q.unwrap_or(0.0), golden.distill_q.unwrap_or(0.0)),
+            ("distill_k", found.distill_k.unwrap_or(0.0), golden.distill_k.unwrap_or(0.0)),
+        ] {
+            let error = relative(found, golden);
+            assert!(error < TOLERANCE, "step {step}, {term}: {found}, expected {golden}, relative error {error:e}");
+        }
+    }
+    assert_eq!(state.queue().pointer(), golden.pointer);
+    let tensors = state.to_tensors()?;
+    assert_eq!(tensors.keys().collect::<Vec<_>>(), golden.tensors.keys().collect::<Vec<_>>());
+    let mut worst = [(0f64, ""); 2];
+    for (name, golden) in &golden.tensors {
+        let error = fingerprint_distance(name, &tensors[name], golden)?;
+        let kind = &mut worst[usize::from(name.starts_with("sgd."))];
+        if error > kind.0 {
+            *kind = (error, name);
+        }
+    }
+    let [(tensor_error, tensor), (momentum_error, momentum)] = worst;
+    println!("{}: {tensor_error:.1e} (`{tensor}`), {momentum_error:.1e} (`{momentum}`)", objective.name());
+    assert!(tensor_error < TOLERANCE, "tensor `{tensor}`: relative error {tensor_error:e}");
+    assert!(momentum_error < MOMENTUM_TOLERANCE, "momentum `{momentum}`: relative error {momentum_error:e}");
+    Ok(())
+}
+
+fn golden() -> Result<Golden> {
+    serde_json::from_str(include_str!("../../golden/disco_steps.json")).context("tests/golden/disco_steps.json")
+}
+
+#[test]
+fn three_disco_steps_equal_pytorch() -> Result<()> {
+    let golden = golden()?;
+    check(Objective::Distill, &golden.distill, &golden.shuffles)
+}
+
+#[test]
+fn three_moco_steps_equal_pytorch() -> Result<()> {
+    let golden = golden()?;
+    check(Objective::Pretrain, &golden.pretrain, &golden.shuffles)
+}
