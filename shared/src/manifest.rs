@@ -332,6 +332,16 @@ mod tests {
     }
 
     #[test]
+    fn floats_survive_the_round_trip() {
+        // Losses of a run: 17 significant digits, which a parser that rounds carelessly changes.
+        let losses: Vec<f64> = (1..2000).map(|i| (f64::from(i) * 0.7311).sin() * 10.0).collect();
+        let dir = tempfile::tempdir().unwrap();
+        let details = serde_json::json!({ "losses": losses, "last": losses[7] as f32 });
+        Manifest::new(example().identity, BTreeMap::new(), details, Vec::new()).write(dir.path()).unwrap();
+        Manifest::read(dir.path(), Stage::TeacherEmbed).unwrap();
+    }
+
+    #[test]
     fn changed_config_changes_the_hash() {
         let error = damage(|v| v["identity"]["config"]["views"] = 3.into());
         assert!(matches!(error, Error::Damaged { fault: Fault::Hash { .. }, .. }), "{error}");

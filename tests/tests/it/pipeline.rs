@@ -92,10 +92,12 @@ fn distillation_brings_the_student_closer_to_its_teacher() -> Result<()> {
     prepare(scratch.path(), 2)?;
     let at = scratch.path().display();
     let longer = TINY.replace("--epochs 2", "--epochs 6");
-    student_train(&format!("distill --shards {at}/shards --embeddings {at}/embeddings --output {at}/student {longer}"))?;
+    student_train(&format!(
+        "distill --shards {at}/shards --embeddings {at}/embeddings --output {at}/student {longer}"
+    ))?;
     let run = shared::run::Run::open(scratch.path().join("student"))?;
     let epochs = run.metrics()?.epochs;
-    let distance = |epoch: usize| epochs[epoch].losses.distill_q.unwrap_or(f64::NAN);
+    let distance = |epoch: usize| epochs[epoch].losses.distill_q.unwrap_or(f32::NAN);
     assert!(distance(5) < 0.7 * distance(0), "{} then {}", distance(0), distance(5));
     Ok(())
 }
