@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Output;
+use std::sync::Mutex;
 
+use candle_core::Tensor;
 use serde_json::{Value, json};
 use shared::io::write_atomic;
 use shared::manifest::{Identity, Stage};
@@ -75,8 +77,7 @@ pub(crate) fn write_run(path: &Path, seed: u64, distilled: bool, lr: f64) -> Pat
         vec![shared::manifest::Input { role: "shards".into(), path: "shards".into(), fingerprint: "5".repeat(64) }];
     let identity = Identity::new(Stage::StudentTrain, &config, seed, inputs).unwrap();
     let Begun::Writing(output) = OutputDir::begin(path, &identity, false).unwrap() else { return path.into() };
-    let encoder = Encoder::new(Arch::ResNet18, None, seed).unwrap();
-    let tensors = encoder.store().to_tensors().unwrap();
+    let tensors = weights(seed);
     let metadata = BTreeMap::from([("format".to_string(), "pt".to_string()), ("arch".into(), "resnet18".into())]);
     let checkpoint = "checkpoints/step-00000012";
     std::fs::create_dir(path.join("checkpoints")).unwrap();
@@ -106,6 +107,14 @@ pub(crate) fn write_run(path: &Path, seed: u64, distilled: bool, lr: f64) -> Pat
     });
     output.finish(counts, details, files).unwrap();
     path.into()
+}
+
+/// A random ResNet-18, drawn once per seed.
+fn weights(seed: u64) -> BTreeMap<String, Tensor> {
+    static DRAWN: Mutex<BTreeMap<u64, BTreeMap<String, Tensor>>> = Mutex::new(BTreeMap::new());
+    let mut drawn = DRAWN.lock().unwrap();
+    let draw = || Encoder::new(Arch::ResNet18, None, seed).unwrap().store().to_tensors().unwrap();
+    drawn.entry(seed).or_insert_with(draw).clone()
 }
 
 fn metrics(seed: u64, distilled: bool) -> String {
