@@ -279,4 +279,21 @@ mod tests {
         let read: Options = toml::from_str(&config.to_toml().unwrap()).unwrap();
         assert_eq!(Config::new(Objective::Distill, &read, Some(16)).unwrap(), config);
     }
+
+    #[test]
+    fn experiments_are_valid() {
+        let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
+        let mut experiments = 0;
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            let text = std::fs::read_to_string(&path).unwrap();
+            let options: Options = toml::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+            for objective in [Objective::Pretrain, Objective::Distill] {
+                Config::new(objective, &options, None).unwrap();
+            }
+            assert!(text.lines().any(|line| line.starts_with("#   student-train ")), "{}", path.display());
+            experiments += 1;
+        }
+        assert!(experiments >= 5);
+    }
 }

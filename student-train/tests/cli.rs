@@ -1,0 +1,110 @@
+//! The binary as a process: what it prints where, its exit statuses, and what a real kill leaves.
+
+#[path = "training/workspace.rs"]
+mod workspace;
+
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use shared::{Error, Result};
+use workspace::Workspace;
+
+fn student_train(workspace: &Workspace, command: &str, run: &str, more: &[&str]) -> Command {
+    let mut process = Command::new(env!("CARGO_BIN_EXE_student-train"));
+    process.args(&workspace.arguments(command, run, more)[1..]).stdin(Stdio::null());
+    process
+}
+
+fn output(mut process: Command) -> Result<(Option<i32>, String, String)> {
+    let output = process.output().map_err(Error::io("run", "student-train"))?;
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    Ok((output.status.code(), text(output.stdout), text(output.stderr)))
+}
+
+#[test]
+fn summary_is_json_on_standard_output() -> Result<()> {
+    let workspace = Workspace::new()?;
+    let (status, stdout, stderr) = output(student_train(&workspace, "distill", "run", &["--json"]))?;
+    assert_eq!((status, stderr.as_str()), (Some(0), ""));
+    let summary: serde_json::Value = serde_json::from_str(&stdout).map_err(|e| Error::usage(e.to_string()))?;
+    assert_eq!((&summary["finished"], &summary["steps"]), (&serde_json::json!(true), &serde_json::json!(4)));
+    assert!(summary["final"]["distill_q"].is_number(), "{stdout}");
+    let (status, stdout, _) = output(student_train(&workspace, "distill", "run", &[]))?;
+    assert_eq!(status, Some(0));
+    assert!(stdout.contains("nothing to do"), "{stdout}");
+    Ok(())
+}
+
+#[test]
+fn wrong_use_is_status_2_and_failure_is_status_1() -> Result<()> {
+    let workspace = Workspace::new()?;
+    let (status, stdout, stderr) =
+        output(student_train(&workspace, "pretrain", "run", &["--batch-size=12", "--queue-size=12"]))?;
+    assert_eq!((status, stdout.as_str()), (Some(2), ""));
+    assert!(stderr.starts_with("error: `--batch-size` 12"), "{stderr}");
+    let (status, _, stderr) = output(student_train(&workspace, "pretrain", "run", &["--no-such-flag"]))?;
+    assert_eq!(status, Some(2), "{stderr}");
+    let (status, _, stderr) = output(student_train(&workspace, "pretrain", "run", &["--shards=nowhere"]))?;
+    assert_eq!(status, Some(1));
+    let lines: Vec<&str> = stderr.lines().collect();
+    assert!(lines.len() == 2 && lines[0].starts_with("error: ") && lines[1].starts_with("hint: "), "{stderr}");
+    Ok(())
+}
+
+#[test]
+fn help_names_every_default() -> Result<()> {
+    let mut process = Command::new(env!("CARGO_BIN_EXE_student-train"));
+    process.args(["distill", "--help"]);
+    let (status, stdout, _) = output(process)?;
+    assert_eq!(status, Some(0));
+    let stdout = stdout.split_whitespace().collect::<Vec<_>>().join(" ");
+    for word in ["--embeddings", "[default: 0.03]", "[default: 65536]", "[default: 0.2]", "--distill-weight"] {
+        assert!(stdout.contains(word), "{word} is not in {stdout}");
+    }
+    let mut process = Command::new(env!("CARGO_BIN_EXE_student-train"));
+    process.args(["pretrain", "--help"]);
+    assert!(!output(process)?.1.contains("--embeddings"));
+    Ok(())
+}
+
+#[test]
+fn progress_goes_to_standard_error() -> Result<()> {
+    let workspace = Workspace::new()?;
+    let mut arguments = workspace.arguments("pretrain", "run", &[]);
+    arguments.retain(|argument| argument != "--quiet");
+    let mut process = Command::new(env!("CARGO_BIN_EXE_student-train"));
+    process.args(&arguments[1..]);
+    let (status, stdout, stderr) = output(process)?;
+    assert_eq!(status, Some(0), "{stderr}");
+    assert_eq!(stdout.lines().count(), 1, "{stdout}");
+    assert!(stderr.contains("training: 4/4 steps") && stderr.contains("lr 0.015"), "{stderr}");
+    Ok(())
+}
+
+#[test]
+fn killed_process_resumes_to_the_bytes_of_a_straight_one() -> Result<()> {
+    let workspace = Workspace::new()?;
+    let more = ["--epochs=4", "--checkpoint-steps=3"];
+    assert_eq!(output(student_train(&workspace, "pretrain", "straight", &more))?.0, Some(0));
+    // Killed as soon as a number of lines are there, wherever the process is by then.
+    for lines in [1, 4, 8] {
+        let mut child = student_train(&workspace, "pretrain", "killed", &more)
+            .spawn()
+            .map_err(Error::io("run", "student-train"))?;
+        let metrics = workspace.path("killed").join("metrics.jsonl");
+        let begun = Instant::now();
+        let written = || std::fs::read_to_string(&metrics).map_or(0, |text| text.lines().count());
+        while written() < lines && begun.elapsed() < Duration::from_mins(1) {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        child.kill().map_err(Error::io("kill", "student-train"))?;
+        child.wait().map_err(Error::io("wait for", "student-train"))?;
+    }
+    assert_eq!(output(student_train(&workspace, "pretrain", "killed", &more))?.0, Some(0));
+    let (straight, killed) = (workspace.contents("straight"), workspace.contents("killed"));
+    assert_eq!(straight.keys().collect::<Vec<_>>(), killed.keys().collect::<Vec<_>>());
+    for (name, contents) in &straight {
+        assert!(contents == &killed[name], "`{name}` differs");
+    }
+    Ok(())
+}

@@ -1,0 +1,18 @@
+//! Whole trainings in this process: resuming, equal bytes, and what is refused.
+
+mod refusals;
+mod resume;
+mod workspace;
+
+use clap::Parser as _;
+use shared::Result;
+use student_train::{Args, Summary, Trained};
+use workspace::Workspace;
+
+/// Runs a tiny training; `more` are `--flag=value` or `--flag`.
+fn train(workspace: &Workspace, command: &str, run: &str, more: &[&str]) -> Result<Trained> {
+    match student_train::run(&Args::parse_from(workspace.arguments(command, run, more)))? {
+        Summary::Trained(trained) => Ok(trained),
+        Summary::Exported(_) => Err(shared::Error::usage("not a training")),
+    }
+}

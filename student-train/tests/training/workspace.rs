@@ -1,0 +1,121 @@
+//! What the tests of this crate share: small shard and embedding sets of noise, and commands on them.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use shared::Result;
+use shared::embedding::{EmbeddingDtype, EmbeddingSetDetails, embedding_file_name, write_embeddings};
+use shared::manifest::{Identity, Manifest, Stage};
+use shared::rng::KeyedRng;
+use shared::shard::{ShardSetDetails, ShardWriter, VIEW_PARAMETERS, shard_file_name};
+
+/// D of the teacher's embeddings.
+pub(crate) const EMBEDDING_DIM: usize = 8;
+
+/// Side of the images, in pixels.
+const SIZE: usize = 16;
+
+/// A shard set of noise: two shards, `views` views each.
+pub(crate) fn write_shards(directory: &Path, samples: usize, views: usize, seed: u64) -> Result<()> {
+    fs::create_dir_all(directory).map_err(shared::Error::io("create", directory))?;
+    let mut files = Vec::new();
+    for (index, ids) in split(samples).into_iter().enumerate() {
+        let mut writer = ShardWriter::create(directory.join(shard_file_name(index)), ids.len(), views, SIZE, SIZE)?;
+        for id in ids {
+            let mut rng = KeyedRng::new("test pixels", seed, &[id]);
+            let pixels: Vec<u8> = (0..views * SIZE * SIZE * 3).map(|_| rng.below(256) as u8).collect();
+            writer.push(id, -1, &pixels, &vec![0.0; views * VIEW_PARAMETERS.len()])?;
+        }
+        files.push(writer.finish()?);
+    }
+    let details = ShardSetDetails { views, height: SIZE, width: SIZE, classes: Vec::new() };
+    let identity = Identity::new(Stage::DataPrep, &serde_json::json!({}), seed, Vec::new())?;
+    let counts = BTreeMap::from([("samples".to_string(), samples as u64)]);
+    Manifest::new(identity, counts, serde_json::json!(details), files).write(directory)
+}
+
+/// Embeddings of such a set: random unit rows.
+pub(crate) fn write_embedding_set(directory: &Path, shards: &Path, samples: usize, views: usize) -> Result<()> {
+    fs::create_dir_all(directory).map_err(shared::Error::io("create", directory))?;
+    let details = EmbeddingSetDetails { views, embedding_dim: EMBEDDING_DIM, dtype: EmbeddingDtype::F16 };
+    let mut files = Vec::new();
+    for (index, ids) in split(samples).into_iter().enumerate() {
+        let mut rows = Vec::new();
+        for &id in &ids {
+            for view in 0..views as u64 {
+                let mut rng = KeyedRng::new("test embedding", 0, &[id, view]);
+                let row: Vec<f64> = (0..EMBEDDING_DIM).map(|_| rng.normal()).collect();
+                let norm = row.iter().map(|x| x * x).sum::<f64>().sqrt();
+                rows.extend(row.into_iter().map(|x| (x / norm) as f32));
+            }
+        }
+        files.push(write_embeddings(directory.join(embedding_file_name(index)), &details, &ids, &rows)?);
+    }
+    let input = Manifest::read(shards, Stage::DataPrep)?.as_input("shards", shards);
+    let identity = Identity::new(Stage::TeacherEmbed, &serde_json::json!({}), 0, vec![input])?;
+    Manifest::new(identity, BTreeMap::new(), serde_json::json!(details), files).write(directory)
+}
+
+fn split(samples: usize) -> [Vec<u64>; 2] {
+    let ids: Vec<u64> = (0..samples as u64).map(|i| i * 7 + 1).collect();
+    let (a, b) = ids.split_at(samples / 2);
+    [a.to_vec(), b.to_vec()]
+}
+
+/// A temporary directory with shards of 10 samples and 3 views, their embeddings, and room for runs.
+pub(crate) struct Workspace {
+    root: tempfile::TempDir,
+}
+
+impl Workspace {
+    /// Writes the inputs.
+    pub(crate) fn new() -> Result<Self> {
+        let root = tempfile::tempdir().map_err(shared::Error::io("create", "a temporary directory"))?;
+        let workspace = Self { root };
+        write_shards(&workspace.path("shards"), 10, 3, 0)?;
+        write_embedding_set(&workspace.path("embeddings"), &workspace.path("shards"), 10, 3)?;
+        Ok(workspace)
+    }
+
+    /// A path in it.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.root.path().join(name)
+    }
+
+    /// The arguments of a tiny run called `run`: 2 epochs of 2 steps of 4 samples.
+    pub(crate) fn arguments(&self, command: &str, run: &str, more: &[&str]) -> Vec<String> {
+        let path = |name: &str| self.path(name).display().to_string();
+        let mut arguments: Vec<String> = ["student-train", command, "--shards"].map(String::from).into();
+        arguments.extend([path("shards"), "--output".into(), path(run)]);
+        if command == "distill" {
+            arguments.extend(["--embeddings".into(), path("embeddings")]);
+        }
+        let tiny = "--epochs 2 --batch-size 4 --bn-groups 2 --queue-size 6 --head-hidden 16 --seed 5 --quiet";
+        arguments.extend(tiny.split(' ').map(String::from));
+        // `--flag=value` of a test replaces what stands above.
+        for pair in more {
+            let flag = pair.split('=').next().unwrap_or_default();
+            if let Some(at) = arguments.iter().position(|known| known == flag) {
+                arguments.drain(at..at + 2);
+            }
+            arguments.push((*pair).to_string());
+        }
+        arguments
+    }
+
+    /// All files of a run by relative path, without the speeds and hidden files.
+    pub(crate) fn contents(&self, run: &str) -> BTreeMap<String, Vec<u8>> {
+        let mut files = BTreeMap::new();
+        let root = self.path(run);
+        for directory in [root.clone(), root.join("checkpoints")] {
+            for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                if entry.path().is_file() && !name.starts_with('.') && name != "timing.jsonl" {
+                    files.insert(name, fs::read(entry.path()).unwrap_or_default());
+                }
+            }
+        }
+        files
+    }
+}
