@@ -25,8 +25,8 @@ pub(crate) struct Bars {
     pub(crate) measures: Vec<String>,
     /// Name and values in percent, one per measure.
     pub(crate) rows: Vec<(String, Vec<Option<f64>>)>,
-    /// Accuracy of guessing, in percent.
-    pub(crate) chance: Option<f64>,
+    /// What no student is needed for: its name and accuracy in percent.
+    pub(crate) baseline: Option<(&'static str, f64)>,
 }
 
 /// Draws the bars.
@@ -42,13 +42,13 @@ pub(crate) fn draw(bars: &Bars) -> Result<Vec<u8>> {
         let names = widest.fold(60.0, f64::max).min(0.35 * WIDTH);
         let (left, right) = (names + 30.0, WIDTH - 56.0);
         let values = bars.rows.iter().flat_map(|(_, values)| values.iter().flatten().copied());
-        let top_value = values.chain(bars.chance).fold(0.0, f64::max);
+        let top_value = values.chain(bars.baseline.map(|(_, accuracy)| accuracy)).fold(0.0, f64::max);
         let limit = ((top_value / 10.0).ceil() * 10.0).clamp(10.0, 100.0);
         let x_of = |value: f64| left + (right - left) * value / limit;
         let bottom = TOP + plot_height;
 
         text(area, &bars.title, (16.0, 20.0), TextLook::new(14.0).bold())?;
-        draw_legend(area, &bars.measures, bars.chance)?;
+        draw_legend(area, &bars.measures, bars.baseline)?;
         draw_grid(area, limit, &x_of, bottom)?;
         for (index, (name, values)) in bars.rows.iter().enumerate() {
             let top = TOP + group * index as f64 + GROUP_GAP / 2.0;
@@ -68,8 +68,8 @@ pub(crate) fn draw(bars: &Bars) -> Result<Vec<u8>> {
                 text(area, &format!("{value:.1}"), (x_of(*value) + 6.0, y + BAR / 2.0), look.color(INK))?;
             }
         }
-        if let Some(chance) = bars.chance {
-            let x = x_of(chance);
+        if let Some((_, accuracy)) = bars.baseline {
+            let x = x_of(accuracy);
             let mut y = TOP;
             while y < bottom {
                 area.draw(&PathElement::new(
@@ -109,7 +109,7 @@ fn draw_grid(area: &Area<'_>, limit: f64, x_of: &impl Fn(f64) -> f64, bottom: f6
     Ok(())
 }
 
-fn draw_legend(area: &Area<'_>, measures: &[String], chance: Option<f64>) -> Result<(), DrawError> {
+fn draw_legend(area: &Area<'_>, measures: &[String], baseline: Option<(&str, f64)>) -> Result<(), DrawError> {
     let mut left = 16.0;
     let y = 44.0;
     for (measure, name) in measures.iter().enumerate() {
@@ -118,12 +118,12 @@ fn draw_legend(area: &Area<'_>, measures: &[String], chance: Option<f64>) -> Res
         text(area, name, (left + 16.0, y), TextLook::new(12.0))?;
         left += 16.0 + typeface::measure(name, 12.0, Weight::Regular).0 + 24.0;
     }
-    if let Some(chance) = chance {
+    if let Some((name, accuracy)) = baseline {
         for dash in [0.0, 8.0] {
             let line = [(px(left + dash), px(y)), (px(left + dash + 5.0), px(y))];
             area.draw(&PathElement::new(line, INK.stroke_width(px(1.0) as u32)))?;
         }
-        text(area, &format!("guessing ({chance:.1} %)"), (left + 20.0, y), TextLook::new(12.0))?;
+        text(area, &format!("{name} ({accuracy:.1} %)"), (left + 20.0, y), TextLook::new(12.0))?;
     }
     Ok(())
 }

@@ -154,6 +154,20 @@ pub(crate) fn text(area: &Area<'_>, text: &str, (x, y): (f64, f64), look: TextLo
     area.draw_text(text, &look.style(), (px(x), px(y)))
 }
 
+/// A tick label with as many decimals as the span of the axis needs.
+pub(crate) fn tick(x: f64, span: f64) -> String {
+    let decimals = if span > 0.0 { (1.0 - span.log10()).ceil().clamp(0.0, 6.0) as usize } else { 1 };
+    let text = if x.abs() >= 1e5 { format!("{x:.1e}") } else { format!("{x:.decimals$}") };
+    // Ticks next to zero are zero: rounding errors of the axis must not show as a sign.
+    let zero = text.chars().all(|c| matches!(c, '-' | '0' | '.'));
+    if zero { "0".into() } else { text.replace('-', "\u{2212}") }
+}
+
+/// A tick label of an axis that counts: nothing between whole numbers.
+pub(crate) fn whole_tick(x: f64) -> String {
+    if (x - x.round()).abs() > 1e-6 { String::new() } else { tick(x.round(), 100.0) }
+}
+
 /// The twofold finer backend: shapes by plotters' bitmap backend, text by ours.
 pub(crate) struct Fine<'a>(BitMapBackend<'a>);
 
@@ -285,6 +299,17 @@ mod tests {
         assert_eq!(image.dimensions(), (120, 60));
         assert!(image.pixels().any(|pixel| pixel.0[0] < 80), "no ink");
         assert_eq!(image.get_pixel(0, 0).0, [255; 3]);
+    }
+
+    #[test]
+    fn tick_labels_have_the_decimals_that_the_span_needs() {
+        assert_eq!(tick(40.0, 100.0), "40");
+        assert_eq!(tick(2.0, 3.0), "2.0");
+        assert_eq!(tick(0.125, 0.3), "0.12");
+        assert_eq!(tick(250_000.0, 1e6), "2.5e5");
+        assert_eq!(tick(-0.5, 3.0), "\u{2212}0.5");
+        assert_eq!((tick(-1e-17, 3.0), tick(0.0, 0.1)), ("0".into(), "0".into()));
+        assert_eq!((whole_tick(3.0), whole_tick(2.5), whole_tick(0.0)), ("3".into(), String::new(), "0".into()));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use plotters::style::{Color as _, ShapeStyle, TRANSPARENT};
 use plotters_backend::text_anchor::{HPos, VPos};
 use shared::Result;
 
-use super::canvas::{AXIS, Area, Canvas, DrawError, GRID, INK, MUTED, TextLook, px, text};
+use super::canvas::{AXIS, Area, Canvas, DrawError, GRID, INK, MUTED, TextLook, px, text, tick, whole_tick};
 use super::palette;
 use super::typeface::{self, Weight};
 
@@ -69,7 +69,7 @@ fn draw_panel(area: &Area<'_>, panel: &Panel, width: f64, runs: usize) -> Result
         let look = TextLook::new(12.0).color(MUTED).anchor(HPos::Center, VPos::Center);
         return text(area, "no finite values", (width / 2.0, PANEL_HEIGHT / 2.0), look);
     };
-    let (x_span, y_span) = (x_range.end - x_range.start, y_range.end - y_range.start);
+    let y_span = y_range.end - y_range.start;
     let mut chart = ChartBuilder::on(area)
         .margin_top(px(34.0))
         .margin_right(px(18.0))
@@ -91,8 +91,8 @@ fn draw_panel(area: &Area<'_>, panel: &Panel, width: f64, runs: usize) -> Result
         .y_desc(panel.y_label.as_str())
         .label_style(label)
         .axis_desc_style(TextLook::new(11.5).color(INK).style())
-        .x_label_formatter(&|x| short_number(*x, x_span))
-        .y_label_formatter(&|y| short_number(*y, y_span))
+        .x_label_formatter(&|x| whole_tick(*x))
+        .y_label_formatter(&|y| tick(*y, y_span))
         .draw()?;
     let pale =
         panel.curves.iter().map(|curve| (&curve.pale, palette::tint(palette::color(curve.run, runs), 0.35), 0.8));
@@ -129,13 +129,6 @@ fn ranges(curves: &[Curve]) -> Option<(std::ops::Range<f64>, std::ops::Range<f64
     let y_start = if y_low >= 0.0 { (y_low - air).max(0.0) } else { y_low - air };
     let x_high = if x_high > x_low { x_high } else { x_low + 1.0 };
     Some((x_low..x_high, y_start..y_high + air))
-}
-
-/// A tick label with as many decimals as the span of the axis needs.
-fn short_number(x: f64, span: f64) -> String {
-    let decimals = if span > 0.0 { (1.0 - span.log10()).ceil().clamp(0.0, 6.0) as usize } else { 1 };
-    let text = if x.abs() >= 1e5 { format!("{x:.1e}") } else { format!("{x:.decimals$}") };
-    text.replace('-', "\u{2212}")
 }
 
 /// An entry of a legend and where it stands.
@@ -175,16 +168,6 @@ fn draw_legend(area: &Area<'_>, items: &[LegendItem], top: f64, runs: usize) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn tick_labels_have_the_decimals_that_the_span_needs() {
-        assert_eq!(short_number(40.0, 100.0), "40");
-        assert_eq!(short_number(2.0, 3.0), "2.0");
-        assert_eq!(short_number(2.5, 3.0), "2.5");
-        assert_eq!(short_number(0.125, 0.3), "0.12");
-        assert_eq!(short_number(250_000.0, 1e6), "2.5e5");
-        assert_eq!(short_number(-0.5, 3.0), "\u{2212}0.5");
-    }
 
     #[test]
     fn ranges_skip_what_is_not_finite() {

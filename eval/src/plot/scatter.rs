@@ -5,7 +5,7 @@ use plotters::element::Circle;
 use plotters::style::{Color as _, TRANSPARENT};
 use shared::Result;
 
-use super::canvas::{AXIS, Canvas, GRID, INK, MUTED, TextLook, px, text};
+use super::canvas::{AXIS, Canvas, GRID, INK, MUTED, TextLook, px, text, tick};
 use super::palette;
 use super::typeface::{self, Weight};
 
@@ -46,6 +46,8 @@ pub(crate) fn draw(scatter: &Scatter<'_>) -> Result<Vec<u8>> {
         let plot = area.clone().shrink((0, 0), (px(PLOT_WIDTH), px(HEIGHT)));
         let axis =
             |index: usize| format!("component {} ({:.0} % of variance)", index + 1, 100.0 * scatter.explained[index]);
+        let (x_range, y_range) = (range(scatter.points, 0), range(scatter.points, 1));
+        let (x_span, y_span) = (x_range.end - x_range.start, y_range.end - y_range.start);
         let mut chart = ChartBuilder::on(&plot)
             .margin_top(px(38.0))
             .margin_right(px(14.0))
@@ -53,7 +55,7 @@ pub(crate) fn draw(scatter: &Scatter<'_>) -> Result<Vec<u8>> {
             .margin_bottom(px(4.0))
             .x_label_area_size(px(42.0))
             .y_label_area_size(px(56.0))
-            .build_cartesian_2d(range(scatter.points, 0), range(scatter.points, 1))?;
+            .build_cartesian_2d(x_range, y_range)?;
         chart
             .configure_mesh()
             .bold_line_style(GRID.stroke_width(px(0.75) as u32))
@@ -66,8 +68,8 @@ pub(crate) fn draw(scatter: &Scatter<'_>) -> Result<Vec<u8>> {
             .y_desc(axis(1))
             .label_style(TextLook::new(11.0).color(MUTED).style())
             .axis_desc_style(TextLook::new(11.5).color(INK).style())
-            .x_label_formatter(&|x| format!("{x:.1}").replace('-', "\u{2212}"))
-            .y_label_formatter(&|y| format!("{y:.1}").replace('-', "\u{2212}"))
+            .x_label_formatter(&|x| tick(*x, x_span))
+            .y_label_formatter(&|y| tick(*y, y_span))
             .draw()?;
         let radius = match scatter.points.len() {
             0..400 => 3.6,

@@ -137,7 +137,10 @@ pub(super) fn protocols(summary: &Summary) -> String {
     if text.is_empty() {
         text.push_str("No run has been probed.\n");
     } else {
-        let _ = writeln!(text, "- Guessing is right in {} % of the cases.", percent(100.0 / classes.max(1) as f64));
+        let guessing = percent(100.0 / classes.max(1) as f64);
+        let largest =
+            summary.largest_class.map(|share| format!("; naming the largest class every time, {} %", percent(share)));
+        let _ = writeln!(text, "- For comparison: guessing scores {guessing} %{}.", largest.unwrap_or_default());
     }
     text
 }

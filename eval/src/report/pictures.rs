@@ -80,8 +80,9 @@ fn accuracy(summary: &Summary) -> Result<Option<Drawn>> {
         let knn = summary.knn.iter().map(|_| run.headline_knn().map(|accuracy| accuracy.top1));
         (run.name.clone(), linear.chain(knn).collect())
     });
-    let chance = (!summary.classes.is_empty()).then(|| 100.0 / summary.classes.len() as f64);
-    let bars = Bars { title: "Accuracy of frozen features".into(), measures, rows: rows.collect(), chance };
+    let guessing = (!summary.classes.is_empty()).then(|| ("guessing", 100.0 / summary.classes.len() as f64));
+    let baseline = summary.largest_class.map(|share| ("always the largest class", share)).or(guessing);
+    let bars = Bars { title: "Accuracy of frozen features".into(), measures, rows: rows.collect(), baseline };
     let caption = "Top-1 accuracy of each run, best first".into();
     Ok(Some(Drawn { picture: picture("accuracy.png", "accuracy", caption), png: bars::draw(&bars)? }))
 }

@@ -3,15 +3,20 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
+use shared::Result;
 use shared::manifest::FORMAT_VERSION;
 
 use super::collect::{Entry, State};
+use crate::features::{FeatureSet, directory_for};
 use crate::knn::KnnAccuracy;
 use crate::linear_probe::{HeadResult, ProbeConfig};
 use crate::results::{KnnConfig, Measurement, Record, SetRecord};
 
 /// The number of neighbours whose accuracy is compared, or the nearest below that was measured.
 const HEADLINE_K: usize = 20;
+
+/// The setting that has a column of its own.
+const STUDENT_KEY: &str = "student";
 
 /// The whole report.
 #[derive(Debug, Clone, Serialize)]
@@ -23,6 +28,8 @@ pub(crate) struct Summary {
     pub(crate) linear: Option<Protocol<ProbeConfig>>,
     /// Class names of the compared measurements.
     pub(crate) classes: Vec<String>,
+    /// Percent of the validation samples that are of the largest class, if the features are there.
+    pub(crate) largest_class: Option<f64>,
     /// Settings that are not the same in all finished runs.
     pub(crate) differing_settings: Vec<String>,
     /// Best first; runs without a measurement last.
@@ -119,6 +126,10 @@ pub(super) fn summarize(entries: &[Entry]) -> Summary {
         .find(|record| is_of(record, knn.as_ref(), linear.as_ref()))
         .map(|record| record.classes.clone())
         .unwrap_or_default();
+    let largest_class = entries.iter().find_map(|entry| {
+        let record = entry.records.iter().find(|record| is_of(record, knn.as_ref(), linear.as_ref()))?;
+        largest_class(entry, record).ok()
+    });
     let notes = notes(&runs, knn.as_ref(), linear.as_ref());
     let differing_settings = differing(&runs);
     Summary {
@@ -126,11 +137,20 @@ pub(super) fn summarize(entries: &[Entry]) -> Summary {
         knn,
         linear,
         classes,
+        largest_class,
         differing_settings,
         runs,
         notes,
         pictures: Vec::new(),
     }
+}
+
+/// The share of the largest class in the validation set, in percent: what naming it every time would score.
+fn largest_class(entry: &Entry, record: &Record) -> Result<f64> {
+    let val = FeatureSet::open(directory_for(&entry.path, &record.val.shards.fingerprint))?;
+    let rows = val.rows()?;
+    let largest = rows.class_counts().into_values().max().unwrap_or(0);
+    Ok(100.0 * largest as f64 / rows.len().max(1) as f64)
 }
 
 /// The protocol shared by most runs; the larger validation set, then the text of the settings, decide a draw.
@@ -257,7 +277,7 @@ fn differing(runs: &[RunSummary]) -> Vec<String> {
         let values: BTreeSet<Option<&String>> = trained.iter().map(|run| run.settings.get(**key)).collect();
         values.len() > 1
     };
-    keys.iter().filter(differs).map(|key| (*key).clone()).collect()
+    keys.iter().filter(|key| key.as_str() != STUDENT_KEY).filter(differs).map(|key| (*key).clone()).collect()
 }
 
 /// What is missing, in sentences.
