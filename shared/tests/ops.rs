@@ -101,6 +101,27 @@ fn conv_bn_agrees_with_the_reference_forward_and_backward() -> TestResult {
 }
 
 #[test]
+fn groups_are_batches_of_their_own_and_move_the_buffers_to_their_mean() -> TestResult {
+    let geometry = Geometry::same(5, 6, 3, 1);
+    let xs = wave(&[4, 5, 5, 5], 0.37);
+    let (grouped_block, grouped) = conv_bn(geometry)?;
+    let grouped_pass = pass(Engine::Cpu, Mode::Train { bn_groups: 2 });
+    let out = ops::conv_bn(&xs, &grouped_block, None, Activation::Relu, &grouped_pass)?;
+    let mut means = Vec::new();
+    for half in 0..2 {
+        let (block, store) = conv_bn(geometry)?;
+        let alone =
+            ops::conv_bn(&xs.narrow(0, 2 * half, 2)?, &block, None, Activation::Relu, &pass(Engine::Cpu, TRAIN))?;
+        assert!(distance(&alone, &out.narrow(0, 2 * half, 2)?.contiguous()?) < 1e-6);
+        means.push(store.to_tensors()?["bn.running_mean"].clone());
+    }
+    let expected = ((&means[0] + &means[1])? * 0.5)?;
+    assert!(distance(&expected, &grouped.to_tensors()?["bn.running_mean"]) < 1e-6);
+    assert!(distance(&means[0], &means[1]) > 1e-3);
+    Ok(())
+}
+
+#[test]
 fn conv_bn_gradients_agree_with_finite_differences() -> TestResult {
     let geometry = Geometry::same(3, 4, 3, 2);
     let (block, store) = conv_bn(geometry)?;

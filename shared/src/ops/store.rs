@@ -24,8 +24,8 @@ struct Entry {
 
 /// The parameters and buffers of one model, sorted by name (`PyTorch`'s names).
 ///
-/// Cloning shares the tensors; [`ParameterStore::deep_copy`] does not exist on purpose: a model's blocks hold handles into
-/// their store, so copies are made by the model.
+/// Cloning shares the tensors. A store alone cannot be copied deeply, because a model's blocks hold handles into it: make
+/// another model and [`ParameterStore::copy_from`].
 #[derive(Debug, Clone, Default)]
 pub struct ParameterStore {
     entries: BTreeMap<String, Entry>,

@@ -1,6 +1,8 @@
 //! Dense k x k convolutions as tiled matrix products: a tile of output pixels gathers its input pixels into a small panel,
 //! which is multiplied while it is in cache. Weights are `[k * k * in][out]`.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::gemm::{View, multiply};
@@ -95,7 +97,7 @@ impl Conv {
             }
             let mut taps = Vec::new();
             let mut transposed = Vec::new();
-            for tap in 0..kernel * kernel {
+            for tap in (0..kernel * kernel).rev() {
                 let from = |parity: usize, tap: usize| (parity + padding) as isize - tap as isize;
                 let (dy, dx) = (from(py, tap / kernel), from(px, tap % kernel));
                 let step = stride as isize;
@@ -199,6 +201,14 @@ fn append_transposed(target: &mut Vec<f32>, weight: &[f32], inputs: usize, outpu
     });
 }
 
+/// Neighbouring taps of a kernel row.
+#[derive(Debug, Clone, Copy)]
+struct Run {
+    dy: isize,
+    dx: isize,
+    length: usize,
+}
+
 /// For each target pixel, the source pixels under its taps; source row = target row * stride + tap, zero outside.
 #[derive(Debug)]
 struct Gather<'a> {
@@ -214,19 +224,31 @@ struct Gather<'a> {
 
 impl Gather<'_> {
     /// Rows `[start, start + rows)` of the gathered matrix, columns of the taps in `taps`.
-    fn fill(&self, start: usize, rows: usize, taps: std::ops::Range<usize>, panel: &mut [f32]) {
+    fn fill(&self, start: usize, rows: usize, taps: Range<usize>, panel: &mut [f32]) {
         let per_image = self.target_height * self.target_width;
         let (mut image, pixel) = (start / per_image, start % per_image);
         let (mut y, mut x) = (pixel / self.target_width, pixel % self.target_width);
         let row_length = taps.len() * self.channels;
+        let runs = self.runs(taps);
         for row in panel.chunks_exact_mut(row_length).take(rows) {
-            for (target, &(dy, dx)) in row.chunks_exact_mut(self.channels).zip(&self.taps[taps.clone()]) {
-                let (sy, sx) = (y as isize * self.stride + dy, x as isize * self.stride + dx);
-                if sy < 0 || sx < 0 || sy >= self.height as isize || sx >= self.width as isize {
+            let mut row = row;
+            for run in &runs {
+                let (target, rest) = row.split_at_mut(run.length * self.channels);
+                row = rest;
+                let (sy, sx) = (y as isize * self.stride + run.dy, x as isize * self.stride + run.dx);
+                if sy < 0 || sy >= self.height as isize {
                     target.fill(0.0);
-                } else {
-                    let at = ((image * self.height + sy as usize) * self.width + sx as usize) * self.channels;
-                    target.copy_from_slice(&self.source[at..at + self.channels]);
+                    continue;
+                }
+                // Of the run's pixels, `[from, to)` lie inside the image.
+                let from = (-sx).clamp(0, run.length as isize) as usize;
+                let to = (self.width as isize - sx).clamp(from as isize, run.length as isize) as usize;
+                target[..from * self.channels].fill(0.0);
+                target[to * self.channels..].fill(0.0);
+                if from < to {
+                    let pixel = (image * self.height + sy as usize) * self.width + (sx + from as isize) as usize;
+                    let source = &self.source[pixel * self.channels..][..(to - from) * self.channels];
+                    target[from * self.channels..to * self.channels].copy_from_slice(source);
                 }
             }
             x += 1;
@@ -237,6 +259,18 @@ impl Gather<'_> {
                 }
             }
         }
+    }
+
+    /// Taps that lie side by side in a row of the source, so that one copy serves them.
+    fn runs(&self, taps: Range<usize>) -> Vec<Run> {
+        let mut runs: Vec<Run> = Vec::new();
+        for &(dy, dx) in &self.taps[taps] {
+            match runs.last_mut() {
+                Some(run) if run.dy == dy && run.dx + run.length as isize == dx => run.length += 1,
+                _ => runs.push(Run { dy, dx, length: 1 }),
+            }
+        }
+        runs
     }
 
     /// `out = gathered * weight`, `weight` is `[taps * channels][outputs]`.
