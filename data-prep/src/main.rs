@@ -1,4 +1,4 @@
-//! The binary `data-prep`.
+//! `data-prep`: packs images into shards of augmented views.
 #![forbid(unsafe_code)]
 
 use std::process::ExitCode;

@@ -1,6 +1,7 @@
 //! The CPU engine against the reference, against finite differences, and against itself at other thread counts.
 
 use candle_core::{Device, Tensor, Var};
+use shared::cli::with_threads;
 use shared::models::{Arch, Encoder, HeadConfig};
 use shared::ops::{self, Activation, Builder, ConvBn, Engine, Geometry, Linear, Mode, ParameterStore, Pass};
 use shared::{Error, losses, optim};
@@ -246,9 +247,9 @@ fn three_steps(engine: Engine) -> Result<Vec<u32>, Error> {
 
 #[test]
 fn training_gives_the_same_bits_at_any_thread_count() -> TestResult {
-    let one = ops::with_threads(1, || three_steps(Engine::Cpu))??;
+    let one = with_threads(Some(1), || three_steps(Engine::Cpu))?;
     for threads in [2, 3] {
-        let more = ops::with_threads(threads, || three_steps(Engine::Cpu))??;
+        let more = with_threads(Some(threads), || three_steps(Engine::Cpu))?;
         assert!(one == more, "{threads} threads differ from one");
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! The `student-train` binary: see the library.
+//! `student-train`: trains students, alone or under a teacher.
 #![forbid(unsafe_code)]
 
 use std::process::ExitCode;

@@ -1,4 +1,5 @@
 //! `teacher-embed`: computes a frozen teacher's embeddings of a shard set, once.
+#![forbid(unsafe_code)]
 
 use std::process::ExitCode;
 

@@ -84,18 +84,6 @@ impl Engine {
     }
 }
 
-/// Runs `f` on a pool of exactly `threads` threads: what `--threads` means for all operations here.
-///
-/// # Errors
-/// `Error::Invalid` when the system cannot start the threads.
-pub fn with_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> crate::Result<R> {
-    let pool = rayon::ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .build()
-        .map_err(|error| crate::Error::invalid(format!("cannot start {threads} threads: {error}"), ""))?;
-    Ok(pool.install(f))
-}
-
 /// An [`crate::Error::Shape`] for a tensor that does not fit an operation.
 fn shape_error(op: &'static str, expected: impl Into<String>, got: &Tensor) -> crate::Error {
     crate::Error::Shape { op, expected: expected.into(), got: format!("{:?}", got.dims()) }
