@@ -97,12 +97,18 @@ impl Identity {
         Ok(Self { format_version: FORMAT_VERSION, stage, config, seed, inputs })
     }
 
-    /// The first difference to another identity, as (what, here, there); input paths do not count.
+    /// The first difference to another identity, as (what, here, there), all differing settings at once; input paths do not
+    /// count.
     pub fn difference(&self, other: &Self) -> Option<(String, String, String)> {
         let differs = |what: &str, a: String, b: String| (a != b).then(|| (what.to_string(), a, b));
         differs("format version", self.format_version.to_string(), other.format_version.to_string())
             .or_else(|| differs("stage", self.stage.name().into(), other.stage.name().into()))
-            .or_else(|| config_difference("", &self.config, &other.config))
+            .or_else(|| {
+                let differences = config_differences("", &self.config, &other.config);
+                let column =
+                    |index: usize| differences.iter().map(|d| d[index].as_str()).collect::<Vec<_>>().join(", ");
+                (!differences.is_empty()).then(|| (column(0), column(1), column(2)))
+            })
             .or_else(|| differs("seed", self.seed.to_string(), other.seed.to_string()))
             .or_else(|| {
                 let list = |inputs: &[Input]| {
@@ -119,16 +125,19 @@ impl Identity {
     }
 }
 
-fn config_difference(prefix: &str, a: &Value, b: &Value) -> Option<(String, String, String)> {
+/// Every key that differs, as (key, here, there).
+fn config_differences(prefix: &str, a: &Value, b: &Value) -> Vec<[String; 3]> {
     match (a, b) {
-        (Value::Object(a), Value::Object(b)) => {
-            a.keys().chain(b.keys().filter(|key| !a.contains_key(*key))).find_map(|key| {
+        (Value::Object(a), Value::Object(b)) => a
+            .keys()
+            .chain(b.keys().filter(|key| !a.contains_key(*key)))
+            .flat_map(|key| {
                 let name = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
-                config_difference(&name, a.get(key).unwrap_or(&Value::Null), b.get(key).unwrap_or(&Value::Null))
+                config_differences(&name, a.get(key).unwrap_or(&Value::Null), b.get(key).unwrap_or(&Value::Null))
             })
-        }
-        (a, b) if a != b => Some((format!("`{prefix}`"), a.to_string(), b.to_string())),
-        _ => None,
+            .collect(),
+        (a, b) if a != b => vec![[format!("`{prefix}`"), a.to_string(), b.to_string()]],
+        _ => Vec::new(),
     }
 }
 
@@ -407,6 +416,9 @@ mod tests {
         let (a, mut b) = (example().identity, example().identity);
         assert_eq!(a.difference(&b), None);
         b.config["recipe"]["name"] = "simclr".into();
-        assert_eq!(a.difference(&b).unwrap().0, "`recipe.name`");
+        b.config["views"] = 3.into();
+        let (what, here, there) = a.difference(&b).unwrap();
+        assert_eq!(what, "`recipe.name`, `views`");
+        assert_eq!((here.as_str(), there.as_str()), ("\"moco-v2\", 2", "\"simclr\", 3"));
     }
 }
