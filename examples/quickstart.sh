@@ -11,8 +11,8 @@ set -euo pipefail
 photos=$(cd "$(dirname "$0")" && pwd)/photos
 cd "$(dirname "$0")/.."
 out=${1:-out/quickstart}
-teacher_epochs=${QUICKSTART_EPOCHS:-30}
-student_epochs=${QUICKSTART_EPOCHS:-30}
+teacher_epochs=${QUICKSTART_EPOCHS:-50}
+student_epochs=${QUICKSTART_EPOCHS:-40}
 say() { printf '\n\033[1m%s\033[0m\n' "$*" >&2; }
 
 say "Building"
@@ -40,7 +40,8 @@ data-prep pack --input "$out/photos/val" --output "$out/val-shards" --recipe eva
 data-prep inspect "$out/shards" --grid "$out/views.png"
 
 say "2. student-train pretrain: a small teacher, without labels"
-small="--batch-size 48 --bn-groups 1 --queue-size 480 --key-momentum 0.99 --embedding-dim 64"
+# The defaults are for ImageNet. So few photos want small batches, a queue shorter than the set and a sharper softmax.
+small="--batch-size 16 --queue-size 128 --lr 0.06 --temperature 0.1 --embedding-dim 64"
 student-train pretrain --shards "$out/shards" --student resnet34 --output "$out/teacher" \
   --epochs "$teacher_epochs" $small
 

@@ -8,7 +8,7 @@
 #
 # After the quickstart, in a few minutes:
 #   examples/sweep.sh out/quickstart/{shards,embeddings,probe-shards,val-shards} out/sweep \
-#     --epochs 2 --batch-size 48 --bn-groups 1 --queue-size 480 --key-momentum 0.99
+#     --epochs 10 --batch-size 16 --queue-size 128 --lr 0.06 --temperature 0.1
 set -euo pipefail
 
 if (($# < 5)); then
