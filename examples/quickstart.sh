@@ -17,7 +17,7 @@ say() { printf '\n\033[1m%s\033[0m\n' "$*" >&2; }
 
 say "Building"
 cargo build --release --locked
-PATH="$PWD/target/release:$PATH"
+PATH="${CARGO_TARGET_DIR:-$PWD/target}/release:$PATH"
 
 say "Splitting the photos: every fourth of a class is for testing"
 mkdir -p "$out/photos"

@@ -17,7 +17,7 @@ if (($# < 5)); then
 fi
 shards=$1 embeddings=$2 probe_shards=$3 val_shards=$4 output=$5
 shift 5
-command -v student-train >/dev/null || PATH="$(cd "$(dirname "$0")/.." && pwd)/target/release:$PATH"
+command -v student-train >/dev/null || PATH="${CARGO_TARGET_DIR:-$(cd "$(dirname "$0")/.." && pwd)/target}/release:$PATH"
 
 runs=()
 for student in ${STUDENTS:-resnet18 resnet34}; do
