@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use super::parameter::{Activation, BasicBlock, Bottleneck, ConvBn, Linear, ProjectionHead, Stem};
+use super::parameter::{Activation, BasicBlock, Bottleneck, ConvBn, Linear, MbConv, ProjectionHead, Stem};
 use super::{Engine, Pass, cpu, reference, shape_error};
 use crate::Result;
 
@@ -68,6 +68,21 @@ pub fn bottleneck(xs: &Tensor, params: &Bottleneck, pass: &Pass) -> Result<Tenso
     let xs = conv_bn(xs, &params.conv1, None, Activation::Relu, pass)?;
     let xs = conv_bn(&xs, &params.conv2, None, Activation::Relu, pass)?;
     conv_bn(&xs, &params.conv3, Some(&shortcut), Activation::Relu, pass)
+}
+
+/// The inverted residual block of `MobileNet` and `EfficientNet`.
+///
+/// # Shapes
+/// - `xs`: `(B, H, W, in)` f32
+/// - returns: `(B, H', W', out)` f32
+///
+/// # Errors
+/// As [`conv_bn`].
+///
+/// # Source
+/// Sandler et al., `MobileNetV2`, arXiv 1801.04381, section 3.3; with squeeze-excite as in `MobileNetV3`, arXiv 1905.02244, section 5.3.
+pub fn mb_conv(xs: &Tensor, params: &MbConv, pass: &Pass) -> Result<Tensor> {
+    reference::mb_conv(xs, params, pass)
 }
 
 fn shortcut(xs: &Tensor, downsample: Option<&ConvBn>, pass: &Pass) -> Result<Tensor> {

@@ -29,17 +29,17 @@ mod store;
 pub use allocator::tune_allocator;
 pub use blocks::{
     basic_block, bottleneck, conv_bn, ema_in_place, global_average_pool, info_nce, l2_normalise, linear, max_pool,
-    projection_head, sgd_in_place, stem,
+    mb_conv, projection_head, sgd_in_place, stem,
 };
 pub use parameter::{
-    Activation, BasicBlock, BatchNorm, Bottleneck, Conv2d, ConvBn, Geometry, Init, Linear, Parameter, ProjectionHead,
-    Stem, WeightLayout,
+    Activation, BasicBlock, BatchNorm, Bottleneck, Conv2d, ConvBn, Gate, Geometry, Init, Linear, MbConv, Padding,
+    Parameter, ProjectionHead, SqueezeExcite, Stem, WeightLayout,
 };
 pub use store::{Builder, Gradients, ParameterStore};
 
 use candle_core::{Device, Tensor};
 
-/// The variance offset of every batch norm, PyTorch's default.
+/// The variance offset of batch norm, PyTorch's default.
 pub const BATCH_NORM_EPS: f64 = 1e-5;
 /// The weight of new statistics in the running ones, PyTorch's default.
 pub const BATCH_NORM_MOMENTUM: f64 = 0.1;

@@ -15,6 +15,8 @@ pub enum WeightLayout {
     Convolution,
     /// File `[out, in]`, memory `[in, out]`.
     Linear,
+    /// A 1x1 convolution that works on rows: file `[out, in, 1, 1]`, memory `[in, out]`.
+    Pointwise,
 }
 
 impl WeightLayout {
@@ -22,7 +24,7 @@ impl WeightLayout {
     pub fn memory_shape(self, shape: &[usize]) -> Vec<usize> {
         match (self, shape) {
             (Self::Convolution, &[out, inp, kh, kw]) => vec![kh, kw, inp, out],
-            (Self::Linear, &[out, inp]) => vec![inp, out],
+            (Self::Linear, &[out, inp]) | (Self::Pointwise, &[out, inp, 1, 1]) => vec![inp, out],
             _ => shape.to_vec(),
         }
     }
@@ -36,6 +38,7 @@ impl WeightLayout {
             Self::Plain => tensor.contiguous()?,
             Self::Convolution => tensor.permute((2, 3, 1, 0))?.contiguous()?,
             Self::Linear => tensor.t()?.contiguous()?,
+            Self::Pointwise => tensor.flatten_from(1)?.t()?.contiguous()?,
         })
     }
 
@@ -48,6 +51,7 @@ impl WeightLayout {
             Self::Plain => tensor.contiguous()?,
             Self::Convolution => tensor.permute((3, 2, 0, 1))?.contiguous()?,
             Self::Linear => tensor.t()?.contiguous()?,
+            Self::Pointwise => tensor.t()?.contiguous()?.unsqueeze(2)?.unsqueeze(3)?,
         })
     }
 }
@@ -117,6 +121,15 @@ impl Parameter {
     }
 }
 
+/// Zeros around an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Padding {
+    /// This many pixels on every side.
+    Symmetric(usize),
+    /// `TensorFlow`'s `SAME`: as many as make the output `ceil(side / stride)`; an odd one comes after the image.
+    Same,
+}
+
 /// The shape of a square convolution without bias.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Geometry {
@@ -128,19 +141,60 @@ pub struct Geometry {
     pub kernel: usize,
     /// Step between outputs, in pixels.
     pub stride: usize,
-    /// Zeros around the input, in pixels.
-    pub padding: usize,
+    /// Zeros around the input.
+    pub padding: Padding,
+    /// Whether each channel is convolved by itself; then `in_channels` and `out_channels` are equal.
+    pub depthwise: bool,
 }
 
 impl Geometry {
-    /// A convolution with `padding = kernel / 2`.
+    /// A dense convolution with `kernel / 2` zeros on every side.
     pub fn same(in_channels: usize, out_channels: usize, kernel: usize, stride: usize) -> Self {
-        Self { in_channels, out_channels, kernel, stride, padding: kernel / 2 }
+        Self { in_channels, out_channels, kernel, stride, padding: Padding::Symmetric(kernel / 2), depthwise: false }
+    }
+
+    /// A depthwise convolution with `kernel / 2` zeros on every side.
+    pub fn depthwise(channels: usize, kernel: usize, stride: usize) -> Self {
+        Self { depthwise: true, ..Self::same(channels, channels, kernel, stride) }
+    }
+
+    /// The same convolution with other padding.
+    #[must_use]
+    pub fn with_padding(self, padding: Padding) -> Self {
+        Self { padding, ..self }
     }
 
     /// The side of the output for a side of the input.
     pub fn output_side(&self, side: usize) -> usize {
-        (side + 2 * self.padding).saturating_sub(self.kernel) / self.stride + 1
+        match self.padding {
+            Padding::Symmetric(padding) => (side + 2 * padding).saturating_sub(self.kernel) / self.stride + 1,
+            Padding::Same => side.div_ceil(self.stride),
+        }
+    }
+
+    /// Zeros before the first pixel of a side.
+    pub fn leading_padding(&self, side: usize) -> usize {
+        match self.padding {
+            Padding::Symmetric(padding) => padding,
+            Padding::Same => {
+                let reach = (self.output_side(side).max(1) - 1) * self.stride + self.kernel;
+                reach.saturating_sub(side) / 2
+            }
+        }
+    }
+
+    /// Whether an image of this size has at least one output pixel.
+    pub fn fits(&self, height: usize, width: usize) -> bool {
+        height.min(width) > 0
+            && match self.padding {
+                Padding::Symmetric(padding) => height.min(width) + 2 * padding >= self.kernel,
+                Padding::Same => true,
+            }
+    }
+
+    /// Input channels that each output channel sees.
+    pub fn channels_per_group(&self) -> usize {
+        if self.depthwise { 1 } else { self.in_channels }
     }
 }
 
@@ -151,18 +205,33 @@ pub enum Activation {
     Identity,
     /// `max(0, x)`; its derivative at 0 is 0.
     Relu,
+    /// `min(max(0, x), 6)`; its derivative at 0 and at 6 is 0.
+    Relu6,
+    /// `x sigmoid(x)`, also called swish.
+    Silu,
+    /// `x min(max(0, x + 3), 6) / 6`; its derivative at -3 and at 3 is 0 and 1, as `PyTorch`'s.
+    HardSwish,
+}
+
+/// What turns the output of squeeze-excite into factors between 0 and 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gate {
+    /// `1 / (1 + exp(-x))`.
+    Sigmoid,
+    /// `min(max(0, x + 3), 6) / 6`; its derivative at -3 and at 3 is 0.
+    HardSigmoid,
 }
 
 /// A convolution without bias.
 #[derive(Debug, Clone)]
 pub struct Conv2d {
-    /// `[k, k, in, out]`.
+    /// `[k, k, in, out]`; `[k, k, 1, C]` when depthwise.
     pub weight: Parameter,
     /// Its shape.
     pub geometry: Geometry,
 }
 
-/// A batch norm over channels, eps 1e-5, momentum 0.1.
+/// A batch norm over channels.
 #[derive(Debug, Clone)]
 pub struct BatchNorm {
     /// `[C]` scale.
@@ -175,6 +244,10 @@ pub struct BatchNorm {
     pub running_var: Parameter,
     /// Scalar i64: forward passes in training mode.
     pub num_batches_tracked: Parameter,
+    /// Added to the variance.
+    pub eps: f64,
+    /// The weight of new statistics in the running ones.
+    pub momentum: f64,
 }
 
 /// A convolution with its batch norm.
@@ -215,6 +288,38 @@ pub struct Bottleneck {
     pub conv3: ConvBn,
     /// 1x1 on the shortcut where the shape changes.
     pub downsample: Option<ConvBn>,
+}
+
+/// Squeeze-excite: each channel of an image is multiplied by a factor that is computed from the means of all channels,
+/// `gate(expand(act(reduce(mean))))`.
+#[derive(Debug, Clone)]
+pub struct SqueezeExcite {
+    /// From `C` channels to few.
+    pub reduce: Linear,
+    /// Back to `C`.
+    pub expand: Linear,
+    /// Between the two.
+    pub act: Activation,
+    /// After both.
+    pub gate: Gate,
+}
+
+/// The inverted residual block of `MobileNet` and `EfficientNet`: 1x1 convolution (widening), depthwise convolution,
+/// squeeze-excite, 1x1 convolution (narrowing, without activation), and perhaps the sum with the input.
+#[derive(Debug, Clone)]
+pub struct MbConv {
+    /// 1x1, widening; absent in the first blocks, whose expansion is 1.
+    pub expand: Option<ConvBn>,
+    /// 3x3 or 5x5, perhaps strided.
+    pub depthwise: ConvBn,
+    /// Between the depthwise convolution's activation and `project`.
+    pub squeeze_excite: Option<SqueezeExcite>,
+    /// 1x1, narrowing.
+    pub project: ConvBn,
+    /// After `expand` and after `depthwise`.
+    pub act: Activation,
+    /// Whether the input is added to the output, which then has the same shape.
+    pub residual: bool,
 }
 
 /// An affine map of rows.

@@ -7,8 +7,8 @@
 use candle_core::{D, Tensor};
 
 use super::cpu::block::check_groups;
-use super::parameter::{Activation, BatchNorm, ConvBn, Linear, Parameter};
-use super::{BATCH_NORM_EPS, BATCH_NORM_MOMENTUM, Mode, Pass};
+use super::parameter::{Activation, BatchNorm, Conv2d, ConvBn, Gate, Linear, MbConv, Parameter, SqueezeExcite};
+use super::{Mode, Pass};
 use crate::Result;
 
 /// See [`crate::ops::conv_bn`].
@@ -26,15 +26,114 @@ pub fn conv_bn(
     if !matches!(xs.dims(), [_, _, _, c] if *c == geometry.in_channels) {
         return Err(super::shape_error("conv_bn", format!("(B, H, W, {})", geometry.in_channels), xs));
     }
-    let weight = params.conv.weight.value(pass.record).permute((3, 2, 0, 1))?.contiguous()?;
-    let xs = xs.permute((0, 3, 1, 2))?.contiguous()?;
-    let xs = xs.conv2d(&weight, geometry.padding, geometry.stride, 1, 1)?;
-    let xs = xs.permute((0, 2, 3, 1))?.contiguous()?;
+    let xs = convolution(xs, &params.conv, pass)?;
     let mut xs = batch_norm(&xs, &params.norm, pass)?;
     if let Some(residual) = residual {
         xs = (xs + residual)?;
     }
-    Ok(if act == Activation::Relu { xs.relu()? } else { xs })
+    activate(&xs, act)
+}
+
+/// A convolution without bias, over channels-last images.
+///
+/// # Shapes
+/// - `xs`: `(B, H, W, in)` f32; returns `(B, H', W', out)`
+///
+/// # Errors
+/// A tensor operation that fails.
+pub fn convolution(xs: &Tensor, params: &Conv2d, pass: &Pass) -> Result<Tensor> {
+    let geometry = params.geometry;
+    let (_, height, width, _) = xs.dims4()?;
+    let weight = params.weight.value(pass.record);
+    let mut xs = xs.clone();
+    for (axis, side) in [(1, height), (2, width)] {
+        let before = geometry.leading_padding(side);
+        let reach = (geometry.output_side(side) - 1) * geometry.stride + geometry.kernel;
+        xs = xs.pad_with_zeros(axis, before, reach.saturating_sub(side + before))?;
+    }
+    if geometry.depthwise {
+        return depthwise(&xs, &weight, geometry.stride, [height, width].map(|side| geometry.output_side(side)));
+    }
+    let weight = weight.permute((3, 2, 0, 1))?.contiguous()?;
+    let xs = xs.permute((0, 3, 1, 2))?.contiguous()?;
+    let xs = xs.conv2d(&weight, 0, geometry.stride, 1, 1)?;
+    Ok(xs.permute((0, 2, 3, 1))?.contiguous()?)
+}
+
+/// Sums `xs` under each tap, times the tap's weights; `xs` is padded already.
+fn depthwise(xs: &Tensor, weight: &Tensor, stride: usize, [height, width]: [usize; 2]) -> Result<Tensor> {
+    let (kernel, _, _, channels) = weight.dims4()?;
+    let weight = weight.reshape((kernel * kernel, channels))?;
+    let under = |xs: &Tensor, axis: usize, tap: usize, side: usize| -> Result<Tensor> {
+        let indices: Vec<u32> = (0..side).map(|i| (i * stride + tap) as u32).collect();
+        Ok(xs.index_select(&Tensor::new(indices, xs.device())?, axis)?)
+    };
+    let mut sum: Option<Tensor> = None;
+    for tap in 0..kernel * kernel {
+        let xs = under(&under(xs, 1, tap / kernel, height)?, 2, tap % kernel, width)?;
+        let term = xs.broadcast_mul(&weight.get(tap)?)?;
+        sum = Some(match sum {
+            Some(sum) => (sum + term)?,
+            None => term,
+        });
+    }
+    sum.ok_or_else(|| super::shape_error("depthwise", "a kernel of at least one pixel", xs))
+}
+
+/// An activation.
+///
+/// # Errors
+/// A tensor operation that fails.
+pub fn activate(xs: &Tensor, act: Activation) -> Result<Tensor> {
+    Ok(match act {
+        Activation::Identity => xs.clone(),
+        Activation::Relu => xs.relu()?,
+        Activation::Relu6 => xs.clamp(0.0, 6.0)?,
+        Activation::Silu => (xs * gate(xs, Gate::Sigmoid)?)?,
+        Activation::HardSwish => (xs * gate(xs, Gate::HardSigmoid)?)?,
+    })
+}
+
+/// A function from numbers to factors between 0 and 1.
+///
+/// # Errors
+/// A tensor operation that fails.
+pub fn gate(xs: &Tensor, gate: Gate) -> Result<Tensor> {
+    Ok(match gate {
+        // By the hyperbolic tangent, which never overflows.
+        Gate::Sigmoid => (((xs * 0.5)?.tanh()? + 1.0)? * 0.5)?,
+        Gate::HardSigmoid => ((xs + 3.0)?.clamp(0.0, 6.0)? / 6.0)?,
+    })
+}
+
+/// Multiplies each channel of each image by a factor made from the means of all its channels.
+///
+/// # Shapes
+/// - `xs`: `(B, H, W, C)` f32; returns the same
+///
+/// # Errors
+/// A tensor operation that fails.
+pub fn squeeze_excite(xs: &Tensor, params: &SqueezeExcite, pass: &Pass) -> Result<Tensor> {
+    let means = global_average_pool(xs)?;
+    let few = linear(&means, &params.reduce, params.act, pass)?;
+    let factors = gate(&linear(&few, &params.expand, Activation::Identity, pass)?, params.gate)?;
+    Ok(xs.broadcast_mul(&factors.unsqueeze(1)?.unsqueeze(1)?)?)
+}
+
+/// See [`crate::ops::mb_conv`].
+///
+/// # Errors
+/// As [`conv_bn`].
+pub fn mb_conv(xs: &Tensor, params: &MbConv, pass: &Pass) -> Result<Tensor> {
+    let mut inner = xs.clone();
+    if let Some(expand) = &params.expand {
+        inner = conv_bn(&inner, expand, None, params.act, pass)?;
+    }
+    inner = conv_bn(&inner, &params.depthwise, None, params.act, pass)?;
+    if let Some(squeeze_excite) = &params.squeeze_excite {
+        inner = self::squeeze_excite(&inner, squeeze_excite, pass)?;
+    }
+    conv_bn(&inner, &params.project, params.residual.then_some(xs), Activation::Identity, pass)
 }
 
 /// Batch norm over the last axis.
@@ -48,7 +147,7 @@ pub fn batch_norm(xs: &Tensor, params: &BatchNorm, pass: &Pass) -> Result<Tensor
     let (batch, height, width, channels) = xs.dims4()?;
     let (weight, bias) = (params.weight.value(pass.record), params.bias.value(pass.record));
     let normalise = |xs: &Tensor, mean: &Tensor, variance: &Tensor| -> Result<Tensor> {
-        let scale = (&weight / (variance + BATCH_NORM_EPS)?.sqrt()?)?;
+        let scale = (&weight / (variance + params.eps)?.sqrt()?)?;
         Ok(xs.broadcast_sub(mean)?.broadcast_mul(&scale)?.broadcast_add(&bias)?)
     };
     let Mode::Train { bn_groups } = pass.mode else {
@@ -66,17 +165,17 @@ pub fn batch_norm(xs: &Tensor, params: &BatchNorm, pass: &Pass) -> Result<Tensor
         variances.push(variance.detach());
     }
     let unbiased = rows as f64 / (rows as f64 - 1.0);
-    update_running(&params.running_mean, &means, 1.0)?;
-    update_running(&params.running_var, &variances, unbiased)?;
+    update_running(&params.running_mean, &means, 1.0, params.momentum)?;
+    update_running(&params.running_var, &variances, unbiased, params.momentum)?;
     let counter = params.num_batches_tracked.var();
     counter.set(&(counter.as_detached_tensor() + 1.0)?)?;
     Ok(Tensor::cat(&outs, 0)?.reshape((batch, height, width, channels))?)
 }
 
-fn update_running(running: &Parameter, groups: &[Tensor], factor: f64) -> Result<()> {
+fn update_running(running: &Parameter, groups: &[Tensor], factor: f64, momentum: f64) -> Result<()> {
     let mean = (Tensor::stack(groups, 0)?.mean(0)? * factor)?;
-    let kept = (running.value(false) * (1.0 - BATCH_NORM_MOMENTUM))?;
-    Ok(running.var().set(&(kept + (mean * BATCH_NORM_MOMENTUM)?)?)?)
+    let kept = (running.value(false) * (1.0 - momentum))?;
+    Ok(running.var().set(&(kept + (mean * momentum)?)?)?)
 }
 
 /// See [`crate::ops::max_pool`].
@@ -121,7 +220,7 @@ pub fn global_average_pool(xs: &Tensor) -> Result<Tensor> {
 /// A tensor operation that fails.
 pub fn linear(xs: &Tensor, params: &Linear, act: Activation, pass: &Pass) -> Result<Tensor> {
     let xs = xs.matmul(&params.weight.value(pass.record))?.broadcast_add(&params.bias.value(pass.record))?;
-    Ok(if act == Activation::Relu { xs.relu()? } else { xs })
+    activate(&xs, act)
 }
 
 /// See [`crate::ops::l2_normalise`].

@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use rayon::prelude::*;
 
 use super::parameter::{BatchNorm, Conv2d, ConvBn, Geometry, Init, Linear, Parameter, WeightLayout};
+use super::{BATCH_NORM_EPS, BATCH_NORM_MOMENTUM};
 use crate::rng::KeyedRng;
 use crate::{Error, Result};
 
@@ -261,14 +262,16 @@ impl Builder {
         self.store
     }
 
-    /// A convolution `{name}.weight` with He's initialisation for `ReLU` (normal, fan-out), as torchvision's networks.
+    /// A convolution `{name}.weight` with He's initialisation for `ReLU` (normal, fan-out per group), as the residual networks of
+    /// torchvision and the efficient networks of timm.
     ///
     /// # Errors
     /// A tensor operation that fails.
     pub fn conv(&mut self, name: &str, geometry: Geometry) -> Result<Conv2d> {
-        let Geometry { in_channels, out_channels, kernel, .. } = geometry;
-        let std = (2.0 / (out_channels * kernel * kernel) as f64).sqrt();
-        let shape = [out_channels, in_channels, kernel, kernel];
+        let Geometry { out_channels, kernel, depthwise, .. } = geometry;
+        let fan_out = if depthwise { kernel * kernel } else { out_channels * kernel * kernel };
+        let std = (2.0 / fan_out as f64).sqrt();
+        let shape = [out_channels, geometry.channels_per_group(), kernel, kernel];
         let weight =
             self.add(format!("{name}.weight"), &shape, WeightLayout::Convolution, Init::Normal { std }, true)?;
         Ok(Conv2d { weight, geometry })
@@ -294,6 +297,8 @@ impl Builder {
                 Init::Counter,
                 false,
             )?,
+            eps: BATCH_NORM_EPS,
+            momentum: BATCH_NORM_MOMENTUM,
         })
     }
 
@@ -315,6 +320,18 @@ impl Builder {
             weight: self.add(format!("{name}.weight"), &[outputs, inputs], WeightLayout::Linear, init, true)?,
             bias: self.add(format!("{name}.bias"), &[outputs], WeightLayout::Plain, init, true)?,
         })
+    }
+
+    /// A 1x1 convolution with bias that works on rows, drawn as [`Builder::conv`] draws; its bias starts at 0.
+    ///
+    /// # Errors
+    /// A tensor operation that fails.
+    pub fn pointwise(&mut self, name: &str, inputs: usize, outputs: usize) -> Result<Linear> {
+        let init = Init::Normal { std: (2.0 / outputs as f64).sqrt() };
+        let shape = [outputs, inputs, 1, 1];
+        let weight = self.add(format!("{name}.weight"), &shape, WeightLayout::Pointwise, init, true)?;
+        let bias = self.add(format!("{name}.bias"), &[outputs], WeightLayout::Plain, Init::Constant(0.0), true)?;
+        Ok(Linear { weight, bias })
     }
 
     /// Any tensor.

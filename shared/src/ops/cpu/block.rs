@@ -54,11 +54,7 @@ impl ConvBnOp {
     fn new(xs: &Tensor, params: &ConvBn, act: Activation, pass: &Pass) -> Result<Self> {
         let geometry = params.conv.geometry;
         let (batch, height, width) = match *xs.dims() {
-            [b, h, w, c]
-                if c == geometry.in_channels && h.min(w) + 2 * geometry.padding >= geometry.kernel && b * h * w > 0 =>
-            {
-                (b, h, w)
-            }
+            [b, h, w, c] if c == geometry.in_channels && geometry.fits(h, w) && b > 0 => (b, h, w),
             _ => return Err(shape_error(NAME, format!("(B, H, W, {})", geometry.in_channels), xs)),
         };
         let conv = Conv { geometry, batch, height, width };

@@ -44,11 +44,12 @@ impl Conv {
 
     /// Whether the input itself is the matrix to multiply.
     fn is_product(&self) -> bool {
-        self.geometry.kernel == 1 && self.geometry.stride == 1 && self.geometry.padding == 0
+        self.geometry.kernel == 1 && self.geometry.stride == 1
     }
 
     fn gather<'a>(&self, xs: &'a [f32]) -> Gather<'a> {
-        let Geometry { in_channels, kernel, stride, padding, .. } = self.geometry;
+        let Geometry { in_channels, kernel, stride, .. } = self.geometry;
+        let padding = self.geometry.leading_padding(self.height);
         let offset = |tap: usize| tap as isize - padding as isize;
         Gather {
             source: xs,
@@ -78,7 +79,8 @@ impl Conv {
 
     /// `dxs`, the gradient of the input, from `dys`, that of the output.
     pub(super) fn input_gradient(&self, dys: &[f32], weight: &[f32], dxs: &mut [f32]) {
-        let Geometry { in_channels, out_channels, kernel, stride, padding } = self.geometry;
+        let Geometry { in_channels, out_channels, kernel, stride, .. } = self.geometry;
+        let padding = self.geometry.leading_padding(self.height);
         if self.is_product() {
             let rows = super::rows_per_piece(self.input_pixels(), TILE_ROWS, 256);
             dxs.par_chunks_mut(rows * in_channels).zip(dys.par_chunks(rows * out_channels)).for_each(|(dxs, dys)| {
