@@ -50,9 +50,10 @@ pub fn stem(xs: &Tensor, params: &Stem, pass: &Pass) -> Result<Tensor> {
 /// # Errors
 /// As [`conv_bn`].
 pub fn basic_block(xs: &Tensor, params: &BasicBlock, pass: &Pass) -> Result<Tensor> {
-    let shortcut = shortcut(xs, params.downsample.as_ref(), pass)?;
-    let xs = conv_bn(xs, &params.conv1, None, Activation::Relu, pass)?;
-    conv_bn(&xs, &params.conv2, Some(&shortcut), Activation::Relu, pass)
+    match pass.engine {
+        Engine::Reference => reference::basic_block(xs, params, pass),
+        Engine::Cpu => cpu::block::basic_block(xs, params, pass),
+    }
 }
 
 /// 1x1, 3x3 and 1x1 convolutions around a shortcut.
@@ -64,10 +65,10 @@ pub fn basic_block(xs: &Tensor, params: &BasicBlock, pass: &Pass) -> Result<Tens
 /// # Errors
 /// As [`conv_bn`].
 pub fn bottleneck(xs: &Tensor, params: &Bottleneck, pass: &Pass) -> Result<Tensor> {
-    let shortcut = shortcut(xs, params.downsample.as_ref(), pass)?;
-    let xs = conv_bn(xs, &params.conv1, None, Activation::Relu, pass)?;
-    let xs = conv_bn(&xs, &params.conv2, None, Activation::Relu, pass)?;
-    conv_bn(&xs, &params.conv3, Some(&shortcut), Activation::Relu, pass)
+    match pass.engine {
+        Engine::Reference => reference::bottleneck(xs, params, pass),
+        Engine::Cpu => cpu::block::bottleneck(xs, params, pass),
+    }
 }
 
 /// The inverted residual block of `MobileNet` and `EfficientNet`.
@@ -82,13 +83,9 @@ pub fn bottleneck(xs: &Tensor, params: &Bottleneck, pass: &Pass) -> Result<Tenso
 /// # Source
 /// Sandler et al., `MobileNetV2`, arXiv 1801.04381, section 3.3; with squeeze-excite as in `MobileNetV3`, arXiv 1905.02244, section 5.3.
 pub fn mb_conv(xs: &Tensor, params: &MbConv, pass: &Pass) -> Result<Tensor> {
-    reference::mb_conv(xs, params, pass)
-}
-
-fn shortcut(xs: &Tensor, downsample: Option<&ConvBn>, pass: &Pass) -> Result<Tensor> {
-    match downsample {
-        Some(params) => conv_bn(xs, params, None, Activation::Identity, pass),
-        None => Ok(xs.clone()),
+    match pass.engine {
+        Engine::Reference => reference::mb_conv(xs, params, pass),
+        Engine::Cpu => cpu::block::mb_conv(xs, params, pass),
     }
 }
 

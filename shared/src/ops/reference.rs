@@ -7,7 +7,9 @@
 use candle_core::{D, Tensor};
 
 use super::cpu::block::check_groups;
-use super::parameter::{Activation, BatchNorm, Conv2d, ConvBn, Gate, Linear, MbConv, Parameter, SqueezeExcite};
+use super::parameter::{
+    Activation, BasicBlock, BatchNorm, Bottleneck, Conv2d, ConvBn, Gate, Linear, MbConv, Parameter, SqueezeExcite,
+};
 use super::{Mode, Pass};
 use crate::Result;
 
@@ -118,6 +120,34 @@ pub fn squeeze_excite(xs: &Tensor, params: &SqueezeExcite, pass: &Pass) -> Resul
     let few = linear(&means, &params.reduce, params.act, pass)?;
     let factors = gate(&linear(&few, &params.expand, Activation::Identity, pass)?, params.gate)?;
     Ok(xs.broadcast_mul(&factors.unsqueeze(1)?.unsqueeze(1)?)?)
+}
+
+/// See [`crate::ops::basic_block`].
+///
+/// # Errors
+/// As [`conv_bn`].
+pub fn basic_block(xs: &Tensor, params: &BasicBlock, pass: &Pass) -> Result<Tensor> {
+    let shortcut = shortcut(xs, params.downsample.as_ref(), pass)?;
+    let xs = conv_bn(xs, &params.conv1, None, Activation::Relu, pass)?;
+    conv_bn(&xs, &params.conv2, Some(&shortcut), Activation::Relu, pass)
+}
+
+/// See [`crate::ops::bottleneck`].
+///
+/// # Errors
+/// As [`conv_bn`].
+pub fn bottleneck(xs: &Tensor, params: &Bottleneck, pass: &Pass) -> Result<Tensor> {
+    let shortcut = shortcut(xs, params.downsample.as_ref(), pass)?;
+    let xs = conv_bn(xs, &params.conv1, None, Activation::Relu, pass)?;
+    let xs = conv_bn(&xs, &params.conv2, None, Activation::Relu, pass)?;
+    conv_bn(&xs, &params.conv3, Some(&shortcut), Activation::Relu, pass)
+}
+
+fn shortcut(xs: &Tensor, downsample: Option<&ConvBn>, pass: &Pass) -> Result<Tensor> {
+    match downsample {
+        Some(params) => conv_bn(xs, params, None, Activation::Identity, pass),
+        None => Ok(xs.clone()),
+    }
 }
 
 /// See [`crate::ops::mb_conv`].

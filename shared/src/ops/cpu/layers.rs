@@ -2,11 +2,9 @@
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Device, Layout, Shape, Tensor};
 
-use super::block::deposit;
-use super::gemm::View;
 use super::pool::{self, MaxPool};
 use super::rows::{self, InfoNceResult};
-use super::{Saved, anchor, slice, values, with_values};
+use super::{Saved, anchor, deposit, slice, values, with_values};
 use crate::Result;
 use crate::ops::{Activation, Linear, Pass, shape_error};
 
@@ -82,12 +80,12 @@ pub(in crate::ops) fn linear(xs: &Tensor, params: &Linear, act: Activation, pass
         [rows, width] if width == inputs => rows,
         _ => return Err(shape_error(LINEAR, format!("(B, {inputs})"), xs)),
     };
-    let op = LinearOp { params: params.clone(), act, rows, inputs, outputs };
+    let op = LinearOp { params: params.clone(), act, rows, inputs, outputs, normalised: Saved::empty() };
     let xs = xs.contiguous()?;
     if pass.record {
         return Ok(xs.apply_op2(&anchor()?, op)?);
     }
-    let out = with_values(&xs, |xs| op.forward(xs))?;
+    let out = with_values(&xs, |xs| op.forward(xs, false))?;
     Ok(Tensor::from_vec(out, (rows, outputs), &Device::Cpu)?)
 }
 
@@ -98,20 +96,20 @@ struct LinearOp {
     rows: usize,
     inputs: usize,
     outputs: usize,
+    /// The result before the activation, kept where there is one.
+    normalised: Saved<Vec<f32>>,
 }
 
 impl LinearOp {
-    fn forward(&self, xs: &[f32]) -> candle_core::Result<Vec<f32>> {
+    fn forward(&self, xs: &[f32], keep: bool) -> candle_core::Result<Vec<f32>> {
         let bias = values(self.params.bias.var())?;
-        let sizes = [self.rows, self.outputs, self.inputs];
-        let mut out = with_values(self.params.weight.var(), |weight| {
-            let (xs, weight) = (View::rows(xs, self.inputs), View::rows(weight, self.outputs));
-            Ok(rows::product_by_columns(sizes, xs, weight, Some(&bias)))
-        })?;
-        if self.act == Activation::Relu {
-            for x in &mut out {
-                *x = if *x < 0.0 { 0.0 } else { *x };
+        let mut out =
+            with_values(self.params.weight.var(), |weight| Ok(rows::linear(xs, self.inputs, weight, &bias)))?;
+        if self.act != Activation::Identity {
+            if keep {
+                self.normalised.put(out.clone());
             }
+            rows::activate(&mut out, self.outputs, self.act);
         }
         Ok(out)
     }
@@ -129,31 +127,28 @@ impl CustomOp2 for LinearOp {
         _anchor: &CpuStorage,
         _anchor_layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok((CpuStorage::F32(self.forward(slice(xs, layout)?)?), (self.rows, self.outputs).into()))
+        Ok((CpuStorage::F32(self.forward(slice(xs, layout)?, true)?), (self.rows, self.outputs).into()))
     }
 
     fn bwd(
         &self,
         xs: &Tensor,
         _anchor: &Tensor,
-        out: &Tensor,
+        _out: &Tensor,
         dout: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let dout = dout.contiguous()?;
-        let masked = with_values(&dout, |dout| with_values(out, |out| Ok(super::norm::mask(dout, out, self.act))))?;
-        let gradient = View::rows(&masked, self.outputs);
-        deposit(&self.params.bias, rows::column_sums(&masked, self.outputs))?;
-        let dweight = with_values(xs, |xs| {
-            let sizes = [self.inputs, self.outputs, self.rows];
-            Ok(rows::product_by_columns(sizes, View::rows(xs, self.inputs).t(), gradient, None))
-        })?;
+        let mut gradient = values(&dout.contiguous()?)?;
+        if self.act != Activation::Identity {
+            rows::activation_gradient(&self.normalised.take(LINEAR)?, &mut gradient, self.outputs, self.act);
+        }
+        deposit(&self.params.bias, rows::column_sums(&gradient, self.outputs))?;
+        let dweight = with_values(xs, |xs| Ok(rows::linear_weight_gradient(xs, &gradient, self.inputs, self.outputs)))?;
         deposit(&self.params.weight, dweight)?;
         if !xs.track_op() {
             return Ok((None, None));
         }
         let dxs = with_values(self.params.weight.var(), |weight| {
-            let sizes = [self.rows, self.inputs, self.outputs];
-            Ok(rows::product_by_columns(sizes, gradient, View::rows(weight, self.outputs).t(), None))
+            Ok(rows::linear_input_gradient(&gradient, weight, self.inputs, self.outputs))
         })?;
         Ok((Some(Tensor::from_vec(dxs, xs.shape(), xs.device())?), None))
     }

@@ -1,16 +1,29 @@
 //! Kernels over channels-last f32 on the CPU, wrapped as candle custom operations with their own backward passes.
 //!
-//! `gemm`, `conv`, `norm`, `pool` and `rows` compute on slices and know nothing of tensors; `block`, `layers` and `update`
-//! wrap them. All work is cut into pieces that depend on shapes alone; partial sums are added in the order of the pieces.
+//! From below: `simd` and `activation` (vectors), `gemm` and `tiles` (kernels over tiles in cache), `norm` (batch norm as numbers per
+//! channel), `flow` (what passes from layer to layer), `pointwise`, `depthwise`, `direct` and `winograd` (convolutions, chosen by
+//! `convolution`), `squeeze_excite`, `chain` (blocks), `pool` and `rows` (the rest); these compute on slices and know nothing of tensors'
+//! graphs. `block`, `layers` and `update` wrap them. All work is cut into pieces that depend on shapes alone; partial sums are added
+//! in the order of the pieces.
 
+mod activation;
 pub(super) mod block;
-mod conv;
+mod chain;
+mod convolution;
+mod depthwise;
+mod direct;
+mod flow;
 mod gemm;
 pub(super) mod layers;
 mod norm;
+mod pointwise;
 mod pool;
 mod rows;
+mod simd;
+mod squeeze_excite;
+mod tiles;
 pub(super) mod update;
+mod winograd;
 
 use std::sync::{Mutex, PoisonError};
 
@@ -63,8 +76,9 @@ impl<T> Saved<T> {
     }
 }
 
-/// Cuts `rows` into pieces of about `target` rows, at most `most` pieces: returns rows per piece.
-fn rows_per_piece(rows: usize, target: usize, most: usize) -> usize {
-    let pieces = rows.div_ceil(target.max(1)).clamp(1, most);
-    rows.div_ceil(pieces).max(1)
+/// Deposits a gradient that lies like its parameter.
+fn deposit(parameter: &crate::ops::Parameter, gradient: Vec<f32>) -> candle_core::Result<()> {
+    let var = parameter.var();
+    let gradient = Tensor::from_vec(gradient, var.shape(), var.device())?;
+    parameter.deposit(gradient).map_err(candle_core::Error::wrap)
 }

@@ -1,17 +1,12 @@
-//! Batch norm over `rows x channels` with what follows it (residual sum, `ReLU`): two passes forward, two backward.
-//!
-//! Nothing is kept but the raw input and the statistics; normalised values are computed again in the backward pass.
+//! Batch norm as numbers per channel: statistics gathered tile by tile, the affine map that normalises, the slopes of its backward pass.
 
-use rayon::prelude::*;
+use super::tiles;
+use crate::ops::BatchNorm;
 
-use crate::ops::{Activation, BATCH_NORM_EPS};
+/// Rows summed in f32 before the sums move to f64.
+const SHORT_ROWS: usize = 128;
 
-/// Values of a piece: about half a megabyte, so that sums in f32 stay short.
-const PIECE_FLOATS: usize = 128 * 1024;
-/// Rows summed in f32 before the sum moves to f64.
-const SHORT_ROWS: usize = 64;
-
-/// Mean and standard deviation of one group, per channel.
+/// Mean and variance of one group, per channel.
 #[derive(Debug, Clone)]
 pub(super) struct Statistics {
     pub(super) mean: Vec<f64>,
@@ -28,185 +23,215 @@ pub(super) struct Affine {
 }
 
 impl Affine {
-    pub(super) fn new(mean: &[f64], variance: &[f64], weight: &[f32], bias: &[f32]) -> Self {
-        let scale: Vec<f64> =
-            weight.iter().zip(variance).map(|(&w, v)| f64::from(w) / (v + BATCH_NORM_EPS).sqrt()).collect();
+    /// The map that gives numbers of this mean and variance the batch norm's scale and shift.
+    pub(super) fn new(mean: &[f64], variance: &[f64], weight: &[f32], bias: &[f32], eps: f64) -> Self {
+        let scale: Vec<f64> = weight.iter().zip(variance).map(|(&w, v)| f64::from(w) / (v + eps).sqrt()).collect();
         let shift = bias.iter().zip(mean).zip(&scale).map(|((&b, m), s)| (f64::from(b) - m * s) as f32).collect();
         Self { scale: scale.into_iter().map(|s| s as f32).collect(), shift }
     }
+
+    /// The map that changes nothing.
+    pub(super) fn identity(channels: usize) -> Self {
+        Self { scale: vec![1.0; channels], shift: vec![0.0; channels] }
+    }
+
+    pub(super) fn channels(&self) -> usize {
+        self.scale.len()
+    }
 }
 
-fn piece_rows(channels: usize) -> usize {
-    (PIECE_FLOATS / channels).max(1)
+/// Sums over some rows, from which the statistics of all rows are put together.
+///
+/// Squares are taken around the first row, so that they are exact enough even where the mean is far from zero.
+#[derive(Debug, Clone)]
+pub(super) struct Moments {
+    rows: usize,
+    pending: usize,
+    origin: Vec<f32>,
+    /// Of the pending rows: sums, then squares.
+    short: Vec<f32>,
+    /// Of the rows before them: sums, then squares.
+    long: Vec<f64>,
 }
 
-/// Sums over pieces in the order of the pieces.
-fn ordered_sum(parts: Vec<Vec<f64>>, length: usize) -> Vec<f64> {
-    let mut sum = vec![0.0; length];
-    for part in parts {
-        for (sum, value) in sum.iter_mut().zip(part) {
-            *sum += value;
+impl Moments {
+    pub(super) fn new(channels: usize) -> Self {
+        Self { rows: 0, pending: 0, origin: vec![0.0; channels], short: vec![0.0; 2 * channels], long: vec![0.0; 2 * channels] }
+    }
+
+    /// Takes rows of all channels into account.
+    pub(super) fn add(&mut self, xs: &[f32]) {
+        let channels = self.origin.len();
+        if self.rows == 0 && !xs.is_empty() {
+            self.origin.copy_from_slice(&xs[..channels]);
+        }
+        for xs in xs.chunks(SHORT_ROWS * channels) {
+            let rows = xs.len() / channels;
+            if self.pending + rows > SHORT_ROWS {
+                self.settle();
+            }
+            let (sums, squares) = self.short.split_at_mut(channels);
+            tiles::moments(xs, &self.origin, sums, squares);
+            self.pending += rows;
+            self.rows += rows;
         }
     }
-    sum
+
+    fn settle(&mut self) {
+        for (long, short) in self.long.iter_mut().zip(&mut self.short) {
+            *long += f64::from(*short);
+            *short = 0.0;
+        }
+        self.pending = 0;
+    }
+
+    /// Statistics of all rows of several parts, which are put together in their order.
+    ///
+    /// # Source
+    /// Chan, Golub, `LeVeque`: Updating formulae and a pairwise algorithm for computing sample variances, 1979, equation 2.1.
+    pub(super) fn combine(parts: impl IntoIterator<Item = Self>, channels: usize) -> Statistics {
+        let (mut rows, mut mean, mut squares) = (0usize, vec![0.0f64; channels], vec![0.0f64; channels]);
+        for mut part in parts {
+            if part.rows == 0 {
+                continue;
+            }
+            part.settle();
+            let count = part.rows as f64;
+            let share = count / (rows + part.rows) as f64;
+            for c in 0..channels {
+                let centred = part.long[c] / count;
+                let part_mean = f64::from(part.origin[c]) + centred;
+                let part_squares = (part.long[channels + c] - centred * part.long[c]).max(0.0);
+                let difference = part_mean - mean[c];
+                mean[c] += difference * share;
+                squares[c] += part_squares + difference * difference * (rows as f64) * share;
+            }
+            rows += part.rows;
+        }
+        let variance = squares.into_iter().map(|square| square / rows.max(1) as f64).collect();
+        Statistics { mean, variance, rows }
+    }
 }
 
-/// Statistics of `xs`, rows of `channels` values.
-pub(super) fn statistics(xs: &[f32], channels: usize) -> Statistics {
-    let rows = xs.len() / channels;
-    // Sums of squares around the first row: exact enough even where the mean is far from zero.
-    let origin = &xs[..channels];
-    let parts = xs
-        .par_chunks(piece_rows(channels) * channels)
-        .map(|piece| {
-            let mut part = vec![0.0f64; 2 * channels];
-            let (mut sums, mut squares) = (vec![0.0f32; channels], vec![0.0f32; channels]);
-            for short in piece.chunks(SHORT_ROWS * channels) {
-                sums.fill(0.0);
-                squares.fill(0.0);
-                for row in short.chunks_exact(channels) {
-                    for (((sum, square), x), o) in sums.iter_mut().zip(&mut squares).zip(row).zip(origin) {
-                        let d = x - o;
-                        *sum += d;
-                        *square += d * d;
-                    }
-                }
-                for (part, &value) in part.iter_mut().zip(sums.iter().chain(&squares)) {
-                    *part += f64::from(value);
-                }
-            }
-            part
-        })
-        .collect();
-    let sums = ordered_sum(parts, 2 * channels);
-    let count = rows as f64;
-    let centred: Vec<f64> = sums[..channels].iter().map(|sum| sum / count).collect();
-    let variance =
-        sums[channels..].iter().zip(&centred).map(|(square, mean)| (square / count - mean * mean).max(0.0)).collect();
-    let mean = centred.iter().zip(origin).map(|(mean, &o)| mean + f64::from(o)).collect();
-    Statistics { mean, variance, rows }
+/// The batch norm of one group as its backward pass needs it: `draw = dz * scale + (raw - mean) * slope + offset`.
+#[derive(Debug, Clone)]
+pub(super) struct Slope {
+    pub(super) mean: Vec<f32>,
+    pub(super) scale: Vec<f32>,
+    pub(super) slope: Vec<f32>,
+    pub(super) offset: Vec<f32>,
 }
 
-/// `out = act(xs * scale + shift [+ residual])`.
-pub(super) fn apply(xs: &[f32], affine: &Affine, residual: Option<&[f32]>, act: Activation, out: &mut [f32]) {
-    let channels = affine.scale.len();
-    let length = piece_rows(channels) * channels;
-    let floor = if act == Activation::Relu { 0.0 } else { f32::NEG_INFINITY };
-    out.par_chunks_mut(length).enumerate().for_each(|(piece, out)| {
-        let start = piece * length;
-        let xs = &xs[start..start + out.len()];
-        let Some(residual) = residual else {
-            for (out, xs) in out.chunks_exact_mut(channels).zip(xs.chunks_exact(channels)) {
-                for (((out, x), scale), shift) in out.iter_mut().zip(xs).zip(&affine.scale).zip(&affine.shift) {
-                    *out = at_least(x * scale + shift, floor);
-                }
-            }
-            return;
+/// Sums over the rows of a group: of `dz`, and of `dz * (raw - mean)`.
+#[derive(Debug, Clone)]
+pub(super) struct BackwardSums {
+    pub(super) sums: Vec<f64>,
+    pub(super) products: Vec<f64>,
+}
+
+impl BackwardSums {
+    pub(super) fn new(channels: usize) -> Self {
+        Self { sums: vec![0.0; channels], products: vec![0.0; channels] }
+    }
+
+    /// Adds sums that were made in f32.
+    pub(super) fn add(&mut self, short: &ShortSums) {
+        for (long, short) in self.sums.iter_mut().zip(&short.sums).chain(self.products.iter_mut().zip(&short.products)) {
+            *long += f64::from(*short);
+        }
+    }
+
+    /// Adds the sums of other rows.
+    pub(super) fn merge(&mut self, other: &Self) {
+        for (sum, other) in self.sums.iter_mut().zip(&other.sums).chain(self.products.iter_mut().zip(&other.products)) {
+            *sum += other;
+        }
+    }
+}
+
+/// Sums over few rows.
+#[derive(Debug, Clone)]
+pub(super) struct ShortSums {
+    pub(super) sums: Vec<f32>,
+    pub(super) products: Vec<f32>,
+}
+
+impl ShortSums {
+    pub(super) fn new(channels: usize) -> Self {
+        Self { sums: vec![0.0; channels], products: vec![0.0; channels] }
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.sums.fill(0.0);
+        self.products.fill(0.0);
+    }
+
+    pub(super) fn as_target(&mut self) -> tiles::GradientSums<'_> {
+        tiles::GradientSums { sums: &mut self.sums, products: &mut self.products }
+    }
+}
+
+impl Statistics {
+    /// Means in f32, the numbers around which the backward pass takes its sums.
+    pub(super) fn mean_f32(&self) -> Vec<f32> {
+        self.mean.iter().map(|&mean| mean as f32).collect()
+    }
+
+    /// What the backward pass of this group multiplies by; adds the group's gradients of scale and shift to `dweight` and `dbias`.
+    pub(super) fn slope(
+        &self,
+        norm: &BatchNorm,
+        weight: &[f32],
+        sums: &BackwardSums,
+        dweight: &mut [f64],
+        dbias: &mut [f64],
+    ) -> Slope {
+        // draw = scale * (dz - sum(dz) / n - xhat * sum(dz * xhat) / n)
+        let count = self.rows as f64;
+        let channels = weight.len();
+        let mut slope =
+            Slope { mean: self.mean_f32(), scale: vec![0.0; channels], slope: vec![0.0; channels], offset: vec![0.0; channels] };
+        for c in 0..channels {
+            let inverse = 1.0 / (self.variance[c] + norm.eps).sqrt();
+            let scale = f64::from(weight[c]) * inverse;
+            // The sums were taken around the mean in f32.
+            let rounding = f64::from(slope.mean[c]) - self.mean[c];
+            let along = (sums.products[c] + sums.sums[c] * rounding) * inverse;
+            dweight[c] += along;
+            dbias[c] += sums.sums[c];
+            slope.scale[c] = scale as f32;
+            let bend = -scale * inverse * along / count;
+            slope.slope[c] = bend as f32;
+            slope.offset[c] = (bend * rounding - scale * sums.sums[c] / count) as f32;
+        }
+        slope
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn statistics_do_not_suffer_from_a_distant_mean_nor_from_the_cut() {
+        let (rows, channels) = (701, 5);
+        let xs: Vec<f32> = (0..rows * channels).map(|i| 1000.0 + (i as f32 * 0.7).sin()).collect();
+        let exact = |c: usize| {
+            let column = || xs.iter().skip(c).step_by(channels).map(|&x| f64::from(x));
+            let mean = column().sum::<f64>() / rows as f64;
+            (mean, column().map(|x| (x - mean).powi(2)).sum::<f64>() / rows as f64)
         };
-        let residual = &residual[start..start + out.len()];
-        let rows = out.chunks_exact_mut(channels).zip(xs.chunks_exact(channels)).zip(residual.chunks_exact(channels));
-        for ((out, xs), residual) in rows {
-            let affine = affine.scale.iter().zip(&affine.shift);
-            for (((out, x), r), (scale, shift)) in out.iter_mut().zip(xs).zip(residual).zip(affine) {
-                *out = at_least(x * scale + shift + r, floor);
-            }
+        let parts = xs.chunks(300 * channels).map(|xs| {
+            let mut moments = Moments::new(channels);
+            xs.chunks(7 * channels).for_each(|xs| moments.add(xs));
+            moments
+        });
+        let statistics = Moments::combine(parts, channels);
+        assert_eq!(statistics.rows, rows);
+        for c in 0..channels {
+            let (mean, variance) = exact(c);
+            assert!((statistics.mean[c] - mean).abs() < 1e-6);
+            assert!((statistics.variance[c] - variance).abs() < 1e-6 * variance, "{} {variance}", statistics.variance[c]);
         }
-    });
-}
-
-/// As [`apply`], over `xs` itself.
-pub(super) fn apply_in_place(xs: &mut [f32], affine: &Affine, residual: Option<&[f32]>, act: Activation) {
-    let channels = affine.scale.len();
-    let length = piece_rows(channels) * channels;
-    let floor = if act == Activation::Relu { 0.0 } else { f32::NEG_INFINITY };
-    xs.par_chunks_mut(length).enumerate().for_each(|(piece, xs)| {
-        let start = piece * length;
-        let residual = residual.map(|residual| &residual[start..start + xs.len()]);
-        for (row, xs) in xs.chunks_exact_mut(channels).enumerate() {
-            let affine = affine.scale.iter().zip(&affine.shift);
-            if let Some(residual) = residual {
-                let residual = &residual[row * channels..][..channels];
-                for ((x, r), (scale, shift)) in xs.iter_mut().zip(residual).zip(affine) {
-                    *x = at_least(*x * scale + shift + r, floor);
-                }
-            } else {
-                for (x, (scale, shift)) in xs.iter_mut().zip(affine) {
-                    *x = at_least(*x * scale + shift, floor);
-                }
-            }
-        }
-    });
-}
-
-/// `max(x, floor)` that lets NaN through, as `PyTorch`'s `ReLU` does.
-#[inline]
-fn at_least(x: f32, floor: f32) -> f32 {
-    if x < floor { floor } else { x }
-}
-
-/// Gradients of one group: turns `xs` (the raw input) into the gradient of the input, in place, and returns those of the
-/// scale and of the shift. `dout` becomes the gradient before the activation, which is also that of the residual.
-pub(super) fn backward(xs: &mut [f32], stats: &Statistics, weight: &[f32], dout: &[f32]) -> (Vec<f64>, Vec<f64>) {
-    let channels = weight.len();
-    let length = piece_rows(channels) * channels;
-    let mean: Vec<f32> = stats.mean.iter().map(|&mean| mean as f32).collect();
-    let parts = xs
-        .par_chunks(length)
-        .zip(dout.par_chunks(length))
-        .map(|(xs, dout)| {
-            let mut part = vec![0.0f64; 2 * channels];
-            let (mut sums, mut products) = (vec![0.0f32; channels], vec![0.0f32; channels]);
-            for (xs, dout) in xs.chunks(SHORT_ROWS * channels).zip(dout.chunks(SHORT_ROWS * channels)) {
-                sums.fill(0.0);
-                products.fill(0.0);
-                for (xs, dout) in xs.chunks_exact(channels).zip(dout.chunks_exact(channels)) {
-                    let sums = sums.iter_mut().zip(&mut products);
-                    for ((((sum, product), x), d), m) in sums.zip(xs).zip(dout).zip(&mean) {
-                        *sum += d;
-                        *product += d * (x - m);
-                    }
-                }
-                for (part, &value) in part.iter_mut().zip(sums.iter().chain(&products)) {
-                    *part += f64::from(value);
-                }
-            }
-            part
-        })
-        .collect();
-    let sums = ordered_sum(parts, 2 * channels);
-    let inverse: Vec<f64> = stats.variance.iter().map(|v| 1.0 / (v + BATCH_NORM_EPS).sqrt()).collect();
-    let dweight: Vec<f64> = sums[channels..].iter().zip(&inverse).map(|(product, inverse)| product * inverse).collect();
-    let dbias = sums[..channels].to_vec();
-    // dx = scale * (dz - sum(dz) / n - xhat * sum(dz * xhat) / n), as dz * a + x * b + c per channel.
-    let count = stats.rows as f64;
-    let mut coefficients = vec![(0.0f32, 0.0f32, 0.0f32); channels];
-    for (c, slot) in coefficients.iter_mut().enumerate() {
-        let scale = f64::from(weight[c]) * inverse[c];
-        let slope = -scale * inverse[c] * dweight[c] / count;
-        *slot = (scale as f32, slope as f32, (-scale * dbias[c] / count) as f32);
     }
-    xs.par_chunks_mut(length).zip(dout.par_chunks(length)).for_each(|(xs, dout)| {
-        for (xs, dout) in xs.chunks_exact_mut(channels).zip(dout.chunks_exact(channels)) {
-            for (((x, d), m), (scale, slope, offset)) in xs.iter_mut().zip(dout).zip(&mean).zip(&coefficients) {
-                *x = d * scale + (*x - m) * slope + offset;
-            }
-        }
-    });
-    (dweight, dbias)
-}
-
-/// The gradient before the activation: `dout`, with zeros where a `ReLU` gave 0.
-pub(super) fn mask(dout: &[f32], out: &[f32], act: Activation) -> Vec<f32> {
-    if act == Activation::Identity {
-        return dout.to_vec();
-    }
-    let mut masked = vec![0.0; dout.len()];
-    let pieces =
-        masked.par_chunks_mut(PIECE_FLOATS).zip(out.par_chunks(PIECE_FLOATS)).zip(dout.par_chunks(PIECE_FLOATS));
-    pieces.for_each(|((masked, out), dout)| {
-        for ((masked, y), d) in masked.iter_mut().zip(out).zip(dout) {
-            *masked = if *y <= 0.0 { 0.0 } else { *d };
-        }
-    });
-    masked
 }

@@ -2,38 +2,100 @@
 
 use rayon::prelude::*;
 
-use super::gemm::{View, multiply};
+use super::gemm::{Packed, Rows, lanes, multiply, multiply_transposed, multiply_unpacked};
+use super::norm::{Affine, ShortSums};
+use super::tiles::{self, Activated, Extras};
+use crate::ops::Activation;
 
 /// Rows of a piece.
 const PIECE_ROWS: usize = 16;
 /// Columns of a piece of a linear layer.
-const PIECE_COLUMNS: usize = 128;
+const PIECE_COLUMNS: usize = 192;
+/// Rows of the weights of a linear layer in a piece.
+const PIECE_WEIGHT_ROWS: usize = 48;
+/// Keys of the queue in a piece.
+const PIECE_KEYS: usize = 1024;
 /// The norm below which a row is divided by this instead, as `PyTorch`'s `normalize`.
 const MIN_NORM: f32 = 1e-12;
 
-/// `out = a b` for `a: m x k` and `b: k x n`, in pieces of columns of `out`.
-pub(super) fn product_by_columns([m, n, k]: [usize; 3], a: View<'_>, b: View<'_>, bias: Option<&[f32]>) -> Vec<f32> {
-    let pieces: Vec<Vec<f32>> = (0..n.div_ceil(PIECE_COLUMNS))
+/// `xs weight + bias`, in pieces of columns.
+pub(super) fn linear(xs: &[f32], inputs: usize, weight: &[f32], bias: &[f32]) -> Vec<f32> {
+    let outputs = bias.len();
+    let rows = xs.len() / inputs;
+    let starts: Vec<usize> = (0..outputs).step_by(PIECE_COLUMNS).collect();
+    let pieces: Vec<Vec<f32>> = starts
         .into_par_iter()
-        .map(|piece| {
-            let start = piece * PIECE_COLUMNS;
-            let columns = PIECE_COLUMNS.min(n - start);
-            let mut out = vec![0.0; m * columns];
-            if let Some(bias) = bias {
-                out.chunks_exact_mut(columns).for_each(|row| row.copy_from_slice(&bias[start..start + columns]));
+        .map(|start| {
+            let columns = PIECE_COLUMNS.min(outputs - start);
+            let mut out = bias[start..start + columns].repeat(rows);
+            // Whole vectors that would reach beyond the weights are arranged first.
+            if start + columns.next_multiple_of(lanes()) <= outputs {
+                let sizes = [rows, columns, inputs];
+                multiply_unpacked(sizes, xs, inputs, &weight[start..], outputs, &mut out, columns, true);
+            } else {
+                let packed = Packed::new(&weight[start..], inputs, columns, outputs, 1);
+                multiply(rows, xs, inputs, &packed, &mut out, columns, true);
             }
-            multiply([m, columns, k], a, b.skip_columns(start), &mut out, columns, true);
             out
         })
         .collect();
-    let mut out = vec![0.0; m * n];
-    for (row, out) in out.chunks_exact_mut(n.max(1)).enumerate() {
+    let mut out = vec![0.0; rows * outputs];
+    for (row, out) in out.chunks_exact_mut(outputs).enumerate() {
         for (piece, target) in pieces.iter().zip(out.chunks_mut(PIECE_COLUMNS)) {
             let columns = target.len();
             target.copy_from_slice(&piece[row * columns..][..columns]);
         }
     }
     out
+}
+
+/// `xs' dout`, the gradient of the weights of [`linear`], in pieces of rows of the weights.
+pub(super) fn linear_weight_gradient(xs: &[f32], dout: &[f32], inputs: usize, outputs: usize) -> Vec<f32> {
+    let mut dweight = vec![0.0; inputs * outputs];
+    let count = xs.len() / inputs;
+    dweight.par_chunks_mut(PIECE_WEIGHT_ROWS * outputs).enumerate().for_each(|(piece, dweight)| {
+        let shared = Rows { left: &xs[piece * PIECE_WEIGHT_ROWS..], right: dout, count };
+        let rows = dweight.len() / outputs;
+        multiply_transposed([rows, outputs], &[shared], inputs, outputs, dweight, outputs);
+    });
+    dweight
+}
+
+/// `dout weight'`, the gradient of the input of [`linear`]: the weights are the left factor, as they lie.
+pub(super) fn linear_input_gradient(dout: &[f32], weight: &[f32], inputs: usize, outputs: usize) -> Vec<f32> {
+    let rows = dout.len() / outputs;
+    let right = Packed::new(dout, outputs, rows, 1, outputs);
+    let mut transposed = vec![0.0; inputs * rows];
+    let weights = weight.par_chunks(PIECE_WEIGHT_ROWS * outputs);
+    transposed.par_chunks_mut(PIECE_WEIGHT_ROWS * rows).zip(weights).for_each(|(out, weight)| {
+        multiply(weight.len() / outputs, weight, outputs, &right, out, rows, false);
+    });
+    transpose(&transposed, rows)
+}
+
+/// The transpose of rows of `columns` numbers.
+fn transpose(xs: &[f32], columns: usize) -> Vec<f32> {
+    let rows = xs.len() / columns.max(1);
+    let mut out = vec![0.0; xs.len()];
+    for (row, xs) in xs.chunks_exact(columns.max(1)).enumerate() {
+        for (column, x) in xs.iter().enumerate() {
+            out[column * rows + row] = *x;
+        }
+    }
+    out
+}
+
+/// `act(xs)` for rows of `columns` numbers, in place.
+pub(super) fn activate(xs: &mut [f32], columns: usize, act: Activation) {
+    let unchanged = Affine::identity(columns);
+    tiles::apply_in_place(xs, &unchanged, act, Extras::default());
+}
+
+/// `gradient * act'(xs)` for rows of `columns` numbers, in place.
+pub(super) fn activation_gradient(xs: &[f32], gradient: &mut [f32], columns: usize, act: Activation) {
+    let (unchanged, mean) = (Affine::identity(columns), vec![0.0; columns]);
+    let of = Activated { raw: xs, affine: &unchanged, mean: &mean, act, residual: None, gate: None };
+    tiles::activation_gradient(&of, gradient, None, &mut ShortSums::new(columns).as_target());
 }
 
 /// Sums of columns, rows added in order.
@@ -98,7 +160,18 @@ pub(super) struct InfoNceResult {
     pub(super) dqueries: Vec<f32>,
 }
 
+/// What a piece of the queue gives each query: its largest similarity, the sum of `exp((similarity - largest) / temperature)`, and the
+/// piece's keys summed with these weights.
+struct Part {
+    largest: Vec<f32>,
+    sums: Vec<f32>,
+    keys: Vec<f32>,
+}
+
 /// Cross entropy of `[q . k, q . queue] / temperature` with the positive first.
+///
+/// Similarities exist for one piece of the queue at a time: each piece is reduced to a [`Part`], and the parts are put together around
+/// the largest similarity of all.
 pub(super) fn info_nce(
     queries: &[f32],
     keys: &[f32],
@@ -107,57 +180,50 @@ pub(super) fn info_nce(
     temperature: f64,
     gradient: bool,
 ) -> InfoNceResult {
-    let (batch, length) = (queries.len() / width, queue.len() / width);
-    let scale = (1.0 / temperature) as f32;
-    let pieces: Vec<(f64, usize, Vec<f32>)> = queries
-        .par_chunks(PIECE_ROWS * width)
-        .zip(keys.par_chunks(PIECE_ROWS * width))
-        .map(|(queries, keys)| {
-            let rows = queries.len() / width;
-            let mut logits = vec![0.0; rows * length];
-            let by_queue = View::rows(queue, width).t();
-            multiply([rows, length, width], View::rows(queries, width), by_queue, &mut logits, length, false);
-            let (mut loss, mut correct) = (0.0, 0);
-            let mut positive_weights = Vec::with_capacity(rows);
-            for ((logits, query), key) in
-                logits.chunks_exact_mut(length.max(1)).zip(queries.chunks_exact(width)).zip(keys.chunks_exact(width))
-            {
-                for logit in logits.iter_mut() {
-                    *logit *= scale;
-                }
-                let positive = dot(query, key) as f32 * scale;
-                let negative = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                correct += usize::from(positive > negative);
-                let top = positive.max(negative);
-                let mut sum = f64::from((positive - top).exp());
-                for logit in logits.iter_mut() {
-                    *logit = (*logit - top).exp();
-                    sum += f64::from(*logit);
-                }
-                loss += sum.ln() - f64::from(positive - top);
-                // Softmax over the batch and the temperature: what each row of the queue adds to the gradient.
-                let factor = f64::from(scale) / (sum * batch as f64);
-                positive_weights.push((f64::from((positive - top).exp()) - sum) * factor);
-                for logit in logits {
-                    *logit *= factor as f32;
-                }
-            }
-            let mut dqueries = Vec::new();
+    let batch = queries.len() / width;
+    let by_query = Packed::new(queries, width, batch, 1, width);
+    let sharpness = (std::f64::consts::LOG2_E / temperature) as f32;
+    let parts: Vec<Part> = queue
+        .par_chunks(PIECE_KEYS * width)
+        .map(|queue| {
+            let length = queue.len() / width;
+            let mut weights = vec![0.0; length * batch];
+            multiply(length, queue, width, &by_query, &mut weights, batch, false);
+            let (mut largest, mut sums) = (vec![f32::NEG_INFINITY; batch], vec![0.0; batch]);
+            tiles::softmax_columns(&mut weights, sharpness, &mut largest, &mut sums);
+            let mut keys = vec![0.0; if gradient { batch * width } else { 0 }];
             if gradient {
-                for (key, weight) in keys.chunks_exact(width).zip(&positive_weights) {
-                    dqueries.extend(key.iter().map(|k| k * *weight as f32));
-                }
-                let sizes = [rows, width, length];
-                multiply(sizes, View::rows(&logits, length), View::rows(queue, width), &mut dqueries, width, true);
+                let shared = Rows { left: &weights, right: queue, count: length };
+                multiply_transposed([batch, width], &[shared], batch, width, &mut keys, width);
             }
-            (loss, correct, dqueries)
+            Part { largest, sums, keys }
         })
         .collect();
-    let mut result = InfoNceResult { loss: 0.0, correct: 0, dqueries: Vec::new() };
-    for (loss, correct, dqueries) in pieces {
-        result.loss += loss / batch as f64;
-        result.correct += correct;
-        result.dqueries.extend(dqueries);
+    let mut result = InfoNceResult { loss: 0.0, correct: 0, dqueries: Vec::with_capacity(queries.len()) };
+    for (row, (query, key)) in queries.chunks_exact(width).zip(keys.chunks_exact(width)).enumerate() {
+        let positive = dot(query, key) as f32;
+        let negative = parts.iter().map(|part| part.largest[row]).fold(f32::NEG_INFINITY, f32::max);
+        result.correct += usize::from(positive > negative);
+        let top = positive.max(negative);
+        let weight = |similarity: f32| (f64::from(similarity - top) / temperature).exp();
+        let mut sum = weight(positive);
+        for part in &parts {
+            sum += weight(part.largest[row]) * f64::from(part.sums[row]);
+        }
+        result.loss += (sum.ln() - f64::from(positive - top) / temperature) / batch as f64;
+        if gradient {
+            // Softmax over the batch and the temperature: what each key adds to the gradient.
+            let factor = 1.0 / (temperature * sum * batch as f64);
+            let mut dquery: Vec<f64> =
+                key.iter().map(|&k| f64::from(k) * (weight(positive) - sum) * factor).collect();
+            for part in &parts {
+                let factor = weight(part.largest[row]) * factor;
+                for (d, &k) in dquery.iter_mut().zip(&part.keys[row * width..]) {
+                    *d += f64::from(k) * factor;
+                }
+            }
+            result.dqueries.extend(dquery.into_iter().map(|d| d as f32));
+        }
     }
     result
 }

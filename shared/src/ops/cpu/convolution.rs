@@ -1,0 +1,57 @@
+//! Chooses the kernels of a convolution by its shape.
+
+use super::flow::{Conv, Finish, Incoming, Outgoing, Source, Wanted};
+use super::norm::Statistics;
+use super::{depthwise, direct, pointwise, winograd};
+
+enum Kind {
+    Pointwise,
+    Depthwise,
+    Winograd,
+    Direct,
+}
+
+fn kind(conv: &Conv) -> Kind {
+    let geometry = conv.geometry;
+    if geometry.depthwise {
+        Kind::Depthwise
+    } else if geometry.kernel == 1 && geometry.stride == 1 && geometry.leading_padding(conv.height) == 0 {
+        Kind::Pointwise
+    } else if winograd::applies(conv) {
+        Kind::Winograd
+    } else {
+        Kind::Direct
+    }
+}
+
+/// `out = conv(source)` finished as `finish` says; returns the groups' statistics when they are gathered.
+pub(super) fn forward(
+    conv: &Conv,
+    source: &Source<'_>,
+    weight: &[f32],
+    out: &mut [f32],
+    finish: Finish<'_>,
+) -> Vec<Statistics> {
+    match kind(conv) {
+        Kind::Pointwise => pointwise::forward(conv, source, weight, out, finish),
+        Kind::Depthwise => depthwise::forward(conv, source, weight, out, finish),
+        Kind::Winograd => winograd::forward(conv, source, weight, out, finish),
+        Kind::Direct => direct::forward(conv, source, weight, out, finish),
+    }
+}
+
+/// Gradients of the weights and of the source.
+pub(super) fn backward(
+    conv: &Conv,
+    source: &Source<'_>,
+    weight: &[f32],
+    incoming: &Incoming<'_>,
+    wanted: Wanted<'_>,
+) -> Outgoing {
+    match kind(conv) {
+        Kind::Pointwise => pointwise::backward(conv, source, weight, incoming, wanted),
+        Kind::Depthwise => depthwise::backward(conv, source, weight, incoming, wanted),
+        Kind::Winograd => winograd::backward(conv, source, weight, incoming, wanted),
+        Kind::Direct => direct::backward(conv, source, weight, incoming, wanted),
+    }
+}
