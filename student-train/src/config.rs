@@ -294,6 +294,6 @@ mod tests {
             assert!(text.lines().any(|line| line.starts_with("#   student-train ")), "{}", path.display());
             experiments += 1;
         }
-        assert!(experiments >= 5);
+        assert!(experiments >= 7);
     }
 }

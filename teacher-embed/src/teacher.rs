@@ -217,11 +217,7 @@ fn choose(checkpoint: &Checkpoint, arch: Option<Arch>, method: Option<Method>) -
             _ => likeliest,
         }
     };
-    // A network with further layers of its own kind is another network, even if all of a smaller one is in it.
-    let further = fitted.unexpected.iter().any(|name| {
-        name.strip_prefix(&fitted.prefix).is_some_and(|own| own.starts_with("layer") || own.starts_with("fc."))
-    });
-    if fitted.is_complete() && !further {
+    if fitted.is_complete() && !fitted.has_further_layers() {
         return Ok(fitted);
     }
     let mut error = fitted.refusal(checkpoint);

@@ -43,6 +43,8 @@ fn help_is_a_manual() {
         "--threads",
         "moco-v2",
         "resnet152",
+        "efficientnet_b0",
+        "mobilenetv3_large_100",
         "resumes",
         "evaluation mode",
     ] {

@@ -3,6 +3,9 @@
 //! An [`Encoder`] is a backbone with or without a projection head. Features are the pooled rows before the head, embeddings
 //! the rows of unit length after it.
 
+mod efficientnet;
+mod inverted_residual;
+mod mobilenet_v3;
 mod resnet;
 
 use std::fmt;
@@ -13,6 +16,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::ops::{self, Builder, Engine, Mode, ParameterStore, Pass, ProjectionHead};
 use crate::{Error, Result};
+use efficientnet::EfficientNet;
+use mobilenet_v3::MobileNetV3;
 use resnet::ResNet;
 
 /// The architecture of a backbone.
@@ -31,11 +36,27 @@ pub enum Arch {
     ResNet101,
     /// 58.1 million parameters, 2048 features.
     ResNet152,
+    /// 4.0 million parameters, 1280 features.
+    #[serde(rename = "efficientnet_b0")]
+    #[value(name = "efficientnet_b0")]
+    EfficientNetB0,
+    /// 4.2 million parameters, 1280 features.
+    #[serde(rename = "mobilenetv3_large_100")]
+    #[value(name = "mobilenetv3_large_100")]
+    MobileNetV3Large,
 }
 
 impl Arch {
     /// All architectures.
-    pub const ALL: [Self; 5] = [Self::ResNet18, Self::ResNet34, Self::ResNet50, Self::ResNet101, Self::ResNet152];
+    pub const ALL: [Self; 7] = [
+        Self::ResNet18,
+        Self::ResNet34,
+        Self::ResNet50,
+        Self::ResNet101,
+        Self::ResNet152,
+        Self::EfficientNetB0,
+        Self::MobileNetV3Large,
+    ];
 
     /// The name in flags, files and timm: `resnet18`.
     pub fn name(self) -> &'static str {
@@ -45,6 +66,8 @@ impl Arch {
             Self::ResNet50 => "resnet50",
             Self::ResNet101 => "resnet101",
             Self::ResNet152 => "resnet152",
+            Self::EfficientNetB0 => "efficientnet_b0",
+            Self::MobileNetV3Large => "mobilenetv3_large_100",
         }
     }
 
@@ -52,6 +75,7 @@ impl Arch {
     pub fn feature_width(self) -> usize {
         match self {
             Self::ResNet18 | Self::ResNet34 => 512,
+            Self::EfficientNetB0 | Self::MobileNetV3Large => 1280,
             Self::ResNet50 | Self::ResNet101 | Self::ResNet152 => 2048,
         }
     }
@@ -95,14 +119,44 @@ pub fn names_and_shapes(arch: Arch, head: Option<HeadConfig>) -> Result<Vec<(Str
 }
 
 #[derive(Debug, Clone)]
+enum Backbone {
+    ResNet(ResNet),
+    EfficientNet(EfficientNet),
+    MobileNetV3(MobileNetV3),
+}
+
+impl Backbone {
+    fn new(builder: &mut Builder, arch: Arch) -> Result<Self> {
+        Ok(match arch {
+            Arch::ResNet18 => Self::ResNet(ResNet::basic(builder, [2, 2, 2, 2])?),
+            Arch::ResNet34 => Self::ResNet(ResNet::basic(builder, [3, 4, 6, 3])?),
+            Arch::ResNet50 => Self::ResNet(ResNet::bottleneck(builder, [3, 4, 6, 3])?),
+            Arch::ResNet101 => Self::ResNet(ResNet::bottleneck(builder, [3, 4, 23, 3])?),
+            Arch::ResNet152 => Self::ResNet(ResNet::bottleneck(builder, [3, 8, 36, 3])?),
+            Arch::EfficientNetB0 => Self::EfficientNet(EfficientNet::new(builder, 1.0)?),
+            Arch::MobileNetV3Large => Self::MobileNetV3(MobileNetV3::large(builder)?),
+        })
+    }
+
+    /// `(B, H, W, 3)` to `(B, F)`.
+    fn forward(&self, xs: &Tensor, pass: &Pass) -> Result<Tensor> {
+        match self {
+            Self::ResNet(network) => network.forward(xs, pass),
+            Self::EfficientNet(network) => network.forward(xs, pass),
+            Self::MobileNetV3(network) => network.forward(xs, pass),
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
 struct Layers {
-    backbone: ResNet,
+    backbone: Backbone,
     head: Option<ProjectionHead>,
 }
 
 impl Layers {
     fn new(builder: &mut Builder, arch: Arch, head: Option<HeadConfig>) -> Result<Self> {
-        let backbone = ResNet::new(builder, arch)?;
+        let backbone = Backbone::new(builder, arch)?;
         let head = match head {
             Some(config) => Some(ProjectionHead {
                 hidden: builder.linear("fc.0", arch.feature_width(), config.hidden)?,

@@ -7,7 +7,6 @@
 
 use candle_core::Tensor;
 
-use super::Arch;
 use crate::Result;
 use crate::ops::{self, BasicBlock, Bottleneck, Builder, ConvBn, Geometry, Pass, Stem};
 
@@ -30,14 +29,17 @@ pub(super) struct ResNet {
 }
 
 impl ResNet {
-    pub(super) fn new(builder: &mut Builder, arch: Arch) -> Result<Self> {
-        let (blocks_per_stage, bottleneck) = match arch {
-            Arch::ResNet18 => ([2, 2, 2, 2], false),
-            Arch::ResNet34 => ([3, 4, 6, 3], false),
-            Arch::ResNet50 => ([3, 4, 6, 3], true),
-            Arch::ResNet101 => ([3, 4, 23, 3], true),
-            Arch::ResNet152 => ([3, 8, 36, 3], true),
-        };
+    /// `ResNet`-18 and 34, by the number of blocks in each stage.
+    pub(super) fn basic(builder: &mut Builder, blocks_per_stage: [usize; 4]) -> Result<Self> {
+        Self::new(builder, blocks_per_stage, false)
+    }
+
+    /// `ResNet`-50 and deeper, by the number of blocks in each stage.
+    pub(super) fn bottleneck(builder: &mut Builder, blocks_per_stage: [usize; 4]) -> Result<Self> {
+        Self::new(builder, blocks_per_stage, true)
+    }
+
+    fn new(builder: &mut Builder, blocks_per_stage: [usize; 4], bottleneck: bool) -> Result<Self> {
         let stem = Stem { conv: builder.conv_bn("conv1", "bn1", Geometry::same(3, STEM_CHANNELS, 7, 2))? };
         let mut blocks = Vec::new();
         let mut channels = STEM_CHANNELS;

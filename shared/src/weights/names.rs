@@ -15,8 +15,12 @@ use super::Checkpoint;
 use crate::error::{Error, Result};
 use crate::models::{Arch, HeadConfig, names_and_shapes};
 
-/// The stem of every network known here.
-const STEM: &str = "conv1.weight";
+/// The stems of the networks known here.
+const STEMS: &[&str] = &["conv1.weight", "conv_stem.weight"];
+/// The layers of the networks known here that are numbered.
+const NUMBERED: &[&str] = &["layer", "blocks."];
+/// Where a classifier may be: torchvision's place, and timm's in the efficient networks.
+const CLASSIFIERS: &[&str] = &["fc", "classifier"];
 /// Prefixes of the network that a method gives to others, in order of preference.
 const PREFERRED: &[&str] = &["encoder_q.", "base_encoder.", "query.", "teacher.", "student.", "backbone.", "model."];
 /// Prefixes of the copy that is only needed to go on training.
@@ -35,7 +39,7 @@ pub enum Method {
     MocoV2,
     /// The head of `MoCo` v1: one linear layer (`fc`); its embedding is the head's output.
     MocoV1,
-    /// A classifier (`fc`), as torchvision's; its embedding is the pooled feature before it.
+    /// A classifier (`fc`, or `classifier`), as torchvision's and timm's; its embedding is the pooled feature before it.
     Supervised,
     /// No head; its embedding is the pooled feature.
     Backbone,
@@ -79,7 +83,7 @@ impl FromStr for Method {
 pub enum Head {
     /// Nothing.
     None,
-    /// One linear layer, `fc`.
+    /// One linear layer, `fc` or `classifier`.
     Linear {
         /// Its width.
         out: usize,
@@ -126,6 +130,15 @@ impl Recognised {
         self.missing.is_empty() && self.mismatched.is_empty()
     }
 
+    /// Whether the file has further layers of the network's own kind: then it holds another network, even if all of a
+    /// smaller one is in it.
+    pub fn has_further_layers(&self) -> bool {
+        self.unexpected
+            .iter()
+            .filter_map(|name| name.strip_prefix(&self.prefix))
+            .any(|own| own.starts_with("fc.") || NUMBERED.iter().any(|layer| own.starts_with(layer)))
+    }
+
     /// The width of the teacher's final embedding.
     pub fn embedding_dim(&self) -> usize {
         match (self.method, self.head) {
@@ -144,10 +157,10 @@ impl Recognised {
     /// batches, which are of no use in evaluation. The head of [`Method::MocoV1`] is not among them, since the encoder has no such layer: it stays in the checkpoint.
     ///
     /// # Errors
-    /// [`Error::Invalid`] when the network is not complete, listing what is missing; [`Error::Damaged`] when the numbers
-    /// cannot be read.
+    /// [`Error::Invalid`] when the network is not complete or the file has further layers, listing them;
+    /// [`Error::Damaged`] when the numbers cannot be read.
     pub fn load(&self, checkpoint: &Checkpoint) -> Result<BTreeMap<String, Tensor>> {
-        if !self.is_complete() {
+        if !self.is_complete() || self.has_further_layers() {
             return Err(self.refusal(checkpoint));
         }
         let mut tensors = BTreeMap::new();
@@ -241,7 +254,7 @@ fn is_batch_count(name: &str) -> bool {
 fn prefixes(entries: &[(String, Vec<usize>)]) -> Vec<String> {
     let stems = entries.iter().filter(|(_, shape)| matches!(shape[..], [_, 3, _, _]));
     let mut found: Vec<String> = stems
-        .filter_map(|(name, _)| name.strip_suffix(STEM))
+        .filter_map(|(name, _)| STEMS.iter().find_map(|stem| name.strip_suffix(stem)))
         .filter(|prefix| prefix.is_empty() || prefix.ends_with('.'))
         .map(str::to_owned)
         .collect();
@@ -257,7 +270,8 @@ fn prefixes(entries: &[(String, Vec<usize>)]) -> Vec<String> {
 
 /// The head under a prefix.
 fn head(under: &BTreeMap<&str, &[usize]>) -> Head {
-    match (under.get("fc.0.weight"), under.get("fc.2.weight"), under.get("fc.weight")) {
+    let classifier = CLASSIFIERS.iter().find_map(|layer| under.get(format!("{layer}.weight").as_str()));
+    match (under.get("fc.0.weight"), under.get("fc.2.weight"), classifier) {
         (Some([hidden, _]), Some([out, inner]), None) if hidden == inner => {
             Head::Projection(HeadConfig { hidden: *hidden, embedding_dim: *out })
         }
@@ -275,7 +289,7 @@ fn fit_at(entries: &[(String, Vec<usize>)], prefix: &str, arch: Arch, method: Op
         || entries.iter().any(|(name, _)| is_queue(name));
     let told = match head {
         Head::Projection(_) => Method::MocoV2,
-        Head::Linear { .. } if of_moco => Method::MocoV1,
+        Head::Linear { .. } if of_moco && under.contains_key("fc.weight") => Method::MocoV1,
         Head::Linear { .. } => Method::Supervised,
         Head::None => Method::Backbone,
     };
@@ -348,7 +362,9 @@ fn leftover_kind(name: &str, own: Option<&str>, prefix: &str, method: Method) ->
         Some("another network")
     } else if bare.starts_with("sgd.") {
         Some("optimiser state")
-    } else if own.is_some_and(|own| own.starts_with("fc.")) && matches!(method, Method::Supervised | Method::Backbone) {
+    } else if own.and_then(|own| own.split('.').next()).is_some_and(|layer| CLASSIFIERS.contains(&layer))
+        && matches!(method, Method::Supervised | Method::Backbone)
+    {
         Some("head that the embedding does not use")
     } else {
         None
@@ -416,6 +432,27 @@ mod tests {
         assert_eq!(classifier.left_over[0].tensors, 2);
         let bare = first(network(Arch::ResNet18, "", Head::None));
         assert_eq!((bare.method, bare.is_complete()), (Method::Backbone, true));
+    }
+
+    #[test]
+    fn the_classifier_of_timms_efficient_networks_is_told() {
+        for arch in [Arch::EfficientNetB0, Arch::MobileNetV3Large] {
+            let mut entries = network(arch, "", Head::None);
+            entries.push(("classifier.weight".into(), vec![1000, 1280]));
+            entries.push(("classifier.bias".into(), vec![1000]));
+            let found = recognise(&entries).unwrap().remove(0);
+            assert_eq!((found.arch, found.method, found.embedding_dim()), (arch, Method::Supervised, 1280));
+            assert!(found.is_complete() && found.unexpected.is_empty() && !found.has_further_layers());
+            assert_eq!(found.left_over, [LeftOver { what: "head that the embedding does not use", tensors: 2 }]);
+        }
+    }
+
+    #[test]
+    fn a_deeper_network_is_not_taken_for_the_smaller_one_in_it() {
+        let mut entries = network(Arch::EfficientNetB0, "model.", Head::None);
+        entries.push(("model.blocks.0.1.conv_dw.weight".into(), vec![16, 1, 3, 3]));
+        let found = recognise(&entries).unwrap().remove(0);
+        assert_eq!((found.arch, found.is_complete(), found.has_further_layers()), (Arch::EfficientNetB0, true, true));
     }
 
     #[test]
