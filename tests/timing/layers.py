@@ -1,12 +1,12 @@
-"""PyTorch's times for what `cargo bench -p shared --bench ops` measures of this project; run one after the other on a quiet machine.
+"""PyTorch's times for the single layers of `cargo bench -p shared --bench ops`; run one after the other on a quiet machine.
 
     RAYON_NUM_THREADS=2 cargo bench -p shared --bench ops
-    python tests/timing/resnet.py --threads 2                  # PyTorch as installed
+    python tests/timing/layers.py --threads 2                  # PyTorch as installed
     MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_TOP_PAD_=67108864 \\
-        python tests/timing/resnet.py --threads 2              # with the allocator settings of `ops::tune_allocator`
+        python tests/timing/layers.py --threads 2              # with the allocator settings of `ops::tune_allocator`
 
 Prints the median and the minimum in milliseconds. `--cpu-time` counts processor time instead, which other programs on the machine
-disturb less; use it with one thread.
+disturb less; use it with one thread. Whole networks: `tests/peers/run.sh`.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import time
 
 import torch
 import torch.nn as nn
-import torchvision
 
 BATCH = 32
 LAYERS = [(64, 64, 3, 1, 56), (64, 128, 3, 2, 56), (256, 256, 3, 1, 14), (512, 512, 3, 1, 7), (64, 256, 1, 1, 56)]
@@ -53,25 +52,6 @@ def main():
         name = f"conv_bn_relu {kernel}x{kernel}/{stride} {inputs}->{outputs} at {side}"
         measure(f"{name}, forward", clock, lambda: layer(xs))
         measure(f"{name}, forward and backward", clock, step)
-
-    model = torchvision.models.resnet18()
-    model.fc = nn.Identity()
-    model = model.to(memory_format=torch.channels_last)
-    for side in (64, 224):
-        images = torch.randn(BATCH, 3, side, side).to(memory_format=torch.channels_last)
-
-        def evaluate():
-            with torch.no_grad():
-                model(images)
-
-        def train():
-            model.zero_grad()
-            model(images).square().mean().backward()
-
-        model.eval()
-        measure(f"resnet18 at {side}, evaluation", clock, evaluate, 3)
-        model.train()
-        measure(f"resnet18 at {side}, forward and backward", clock, train, 3)
 
 
 if __name__ == "__main__":
