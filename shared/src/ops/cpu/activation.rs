@@ -1,6 +1,10 @@
 //! Activations on vectors: value, and value with gradient.
 #![expect(unsafe_code, reason = "vector instructions")]
-#![expect(clippy::multiple_unsafe_ops_per_block, clippy::inline_always, reason = "each function is one formula of vectors")]
+#![expect(
+    clippy::multiple_unsafe_ops_per_block,
+    clippy::inline_always,
+    reason = "each function is one formula of vectors"
+)]
 
 use super::simd::Simd;
 

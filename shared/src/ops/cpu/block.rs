@@ -6,9 +6,7 @@ use super::chain::{Chain, InputGradients, Layer, SavedChain, Shortcut};
 use super::flow::Conv;
 use super::norm::Statistics;
 use super::{Saved, anchor, slice, values, with_values};
-use crate::ops::{
-    Activation, BasicBlock, BatchNorm, Bottleneck, ConvBn, MbConv, Mode, Parameter, Pass, shape_error,
-};
+use crate::ops::{Activation, BasicBlock, BatchNorm, Bottleneck, ConvBn, MbConv, Mode, Parameter, Pass, shape_error};
 use crate::{Error, Result};
 
 fn layer(params: &ConvBn, act: Activation) -> Layer {

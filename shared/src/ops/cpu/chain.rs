@@ -9,9 +9,7 @@
 
 use rayon::prelude::*;
 
-use super::flow::{
-    Before, Conv, Finish, Incoming, Source, Wanted, backward_sums, buffer, pieces, split,
-};
+use super::flow::{Before, Conv, Finish, Incoming, Source, Wanted, backward_sums, buffer, pieces, split};
 use super::norm::{Affine, BackwardSums, ShortSums, Statistics};
 use super::squeeze_excite::{self, SavedGate};
 use super::tiles::{self, Activated, Extras};
@@ -332,9 +330,8 @@ fn finish_block(
     let pieces = pieces(last.conv.groups, rows_per_group, 1, PIECE_FLOATS / channels, usize::MAX);
     let affines = &last.affines;
     let extras = |group: usize, start: usize, length: usize| {
-        let residual = shortcut.map(|(values, affines)| {
-            (&values[start..start + length], affines.map(|affines| &affines[group]))
-        });
+        let residual =
+            shortcut.map(|(values, affines)| (&values[start..start + length], affines.map(|affines| &affines[group])));
         Extras { residual, gate: None }
     };
     if let Some(out) = out {

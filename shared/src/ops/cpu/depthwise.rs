@@ -151,7 +151,14 @@ dispatch!(
 ///
 /// # Panics
 /// When a slice is too short.
-fn add_weight_row(pixels: &[f32], kernel: usize, stride: usize, gradient: &[f32], channels: usize, dweight: &mut [f32]) {
+fn add_weight_row(
+    pixels: &[f32],
+    kernel: usize,
+    stride: usize,
+    gradient: &[f32],
+    channels: usize,
+    dweight: &mut [f32],
+) {
     let count = gradient.len() / channels;
     if count == 0 {
         return;

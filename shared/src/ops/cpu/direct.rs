@@ -267,7 +267,8 @@ fn input_gradient(
         .collect();
     let above = classes.iter().map(|class| -class.above).max().unwrap_or(0).max(0) as usize;
     let left = classes.iter().map(|class| -class.left).max().unwrap_or(0).max(0) as usize;
-    let reach = |side: usize, before: isize, taps: usize| (side.div_ceil(stride) as isize + before + taps as isize) as usize;
+    let reach =
+        |side: usize, before: isize, taps: usize| (side.div_ceil(stride) as isize + before + taps as isize) as usize;
     let below =
         classes.iter().map(|class| reach(height, class.above, class.rows)).max().unwrap_or(0).max(output_height);
     let right = classes

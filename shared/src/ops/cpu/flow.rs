@@ -6,7 +6,11 @@ use super::tiles::{self, Activated, Extras};
 use crate::ops::{Activation, Geometry};
 
 /// Room for numbers that are all written before any is read; in builds with debug checks it is full of NaN, which a test would see.
-#[expect(unsafe_code, clippy::uninit_vec, reason = "filling hundreds of megabytes with zeros first costs more than the kernels")]
+#[expect(
+    unsafe_code,
+    clippy::uninit_vec,
+    reason = "filling hundreds of megabytes with zeros first costs more than the kernels"
+)]
 pub(super) fn buffer(length: usize) -> Vec<f32> {
     if cfg!(debug_assertions) {
         return vec![f32::NAN; length];
@@ -156,11 +160,7 @@ impl<'a> Finisher<'a> {
 }
 
 /// Statistics of each group from what the pieces gathered, in their order; empty when nothing was.
-pub(super) fn statistics(
-    pieces: Vec<(usize, Option<Moments>)>,
-    groups: usize,
-    channels: usize,
-) -> Vec<Statistics> {
+pub(super) fn statistics(pieces: Vec<(usize, Option<Moments>)>, groups: usize, channels: usize) -> Vec<Statistics> {
     let mut by_group: Vec<Vec<Moments>> = vec![Vec::new(); groups];
     for (group, moments) in pieces {
         by_group[group].extend(moments);
@@ -323,7 +323,10 @@ mod tests {
             for piece in &pieces {
                 assert_eq!(piece.start, next);
                 assert_eq!(piece.group, piece.start / rows);
-                assert!(piece.rows > 0 && (piece.rows.is_multiple_of(unit) || piece.start + piece.rows == (piece.group + 1) * rows));
+                assert!(
+                    piece.rows > 0
+                        && (piece.rows.is_multiple_of(unit) || piece.start + piece.rows == (piece.group + 1) * rows)
+                );
                 next += piece.rows;
             }
             assert_eq!(next, groups * rows);

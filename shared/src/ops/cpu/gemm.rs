@@ -406,7 +406,12 @@ unsafe fn multiply_panel_with<V: Simd>(
         // SAFETY: the contract of `multiply_panel`, for rows `row..row + count`.
         unsafe {
             let out = out.add(row * out_stride);
-            with_block!(V, vectors, count, block(runs, first, left_stride, right_stride, out, out_stride, columns, accumulate));
+            with_block!(
+                V,
+                vectors,
+                count,
+                block(runs, first, left_stride, right_stride, out, out_stride, columns, accumulate)
+            );
         }
         row += count;
     }
@@ -623,8 +628,7 @@ mod tests {
         let (rows, n) = (5, 20);
         let (a, b) = (wave(rows * 2 + 4, 0.5), wave(9 * n, 0.9));
         let packed = Packed::new(&b, 9, n, n, 1);
-        let runs =
-            [Run { values: &a, length: 3, factor_row: 0 }, Run { values: &a[1..], length: 2, factor_row: 6 }];
+        let runs = [Run { values: &a, length: 3, factor_row: 0 }, Run { values: &a[1..], length: 2, factor_row: 6 }];
         let mut out = vec![0.0; rows * n];
         for panel in packed.panels(0) {
             panel.multiply(rows, &runs, 2, &mut out, n, false);

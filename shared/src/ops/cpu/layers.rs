@@ -103,8 +103,7 @@ struct LinearOp {
 impl LinearOp {
     fn forward(&self, xs: &[f32], keep: bool) -> candle_core::Result<Vec<f32>> {
         let bias = values(self.params.bias.var())?;
-        let mut out =
-            with_values(self.params.weight.var(), |weight| Ok(rows::linear(xs, self.inputs, weight, &bias)))?;
+        let mut out = with_values(self.params.weight.var(), |weight| Ok(rows::linear(xs, self.inputs, weight, &bias)))?;
         if self.act != Activation::Identity {
             if keep {
                 self.normalised.put(out.clone());

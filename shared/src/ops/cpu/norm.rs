@@ -56,7 +56,13 @@ pub(super) struct Moments {
 
 impl Moments {
     pub(super) fn new(channels: usize) -> Self {
-        Self { rows: 0, pending: 0, origin: vec![0.0; channels], short: vec![0.0; 2 * channels], long: vec![0.0; 2 * channels] }
+        Self {
+            rows: 0,
+            pending: 0,
+            origin: vec![0.0; channels],
+            short: vec![0.0; 2 * channels],
+            long: vec![0.0; 2 * channels],
+        }
     }
 
     /// Takes rows of all channels into account.
@@ -136,7 +142,8 @@ impl BackwardSums {
 
     /// Adds sums that were made in f32.
     pub(super) fn add(&mut self, short: &ShortSums) {
-        for (long, short) in self.sums.iter_mut().zip(&short.sums).chain(self.products.iter_mut().zip(&short.products)) {
+        for (long, short) in self.sums.iter_mut().zip(&short.sums).chain(self.products.iter_mut().zip(&short.products))
+        {
             *long += f64::from(*short);
         }
     }
@@ -189,8 +196,12 @@ impl Statistics {
         // draw = scale * (dz - sum(dz) / n - xhat * sum(dz * xhat) / n)
         let count = self.rows as f64;
         let channels = weight.len();
-        let mut slope =
-            Slope { mean: self.mean_f32(), scale: vec![0.0; channels], slope: vec![0.0; channels], offset: vec![0.0; channels] };
+        let mut slope = Slope {
+            mean: self.mean_f32(),
+            scale: vec![0.0; channels],
+            slope: vec![0.0; channels],
+            offset: vec![0.0; channels],
+        };
         for c in 0..channels {
             let inverse = 1.0 / (self.variance[c] + norm.eps).sqrt();
             let scale = f64::from(weight[c]) * inverse;
@@ -231,7 +242,11 @@ mod tests {
         for c in 0..channels {
             let (mean, variance) = exact(c);
             assert!((statistics.mean[c] - mean).abs() < 1e-6);
-            assert!((statistics.variance[c] - variance).abs() < 1e-6 * variance, "{} {variance}", statistics.variance[c]);
+            assert!(
+                (statistics.variance[c] - variance).abs() < 1e-6 * variance,
+                "{} {variance}",
+                statistics.variance[c]
+            );
         }
     }
 }

@@ -99,8 +99,7 @@ pub(super) fn backward(
     let rows = tile_rows(inputs, outputs);
     let gate = source.before.and_then(|before| before.gate);
     let unit = if gate.is_some() { pixels } else { 1 };
-    let pieces =
-        pieces(conv.groups, conv.images_per_group() * pixels, unit, rows, backward_pieces(inputs, outputs));
+    let pieces = pieces(conv.groups, conv.images_per_group() * pixels, unit, rows, backward_pieces(inputs, outputs));
     let wants_gradient = matches!(wanted, Wanted::Gradient { .. });
     let packed = Packed::new(weight, outputs, if wants_gradient { inputs } else { 0 }, 1, outputs);
     let mut gradient = buffer(if wants_gradient { conv.batch * conv.input_length() } else { 0 });
@@ -140,7 +139,8 @@ pub(super) fn backward(
                         }
                         (Some(before), Some(gate)) => {
                             let read = &mut read[..count * inputs];
-                            let ungated = Source { before: Some(super::flow::Before { gate: None, ..*before }), ..*source };
+                            let ungated =
+                                Source { before: Some(super::flow::Before { gate: None, ..*before }), ..*source };
                             let image = start / pixels;
                             ungated.read(conv, image, start * inputs, read);
                             let dgate = &mut dgate[(image - piece.start / pixels) * inputs..][..inputs];

@@ -214,8 +214,7 @@ pub(super) fn info_nce(
         if gradient {
             // Softmax over the batch and the temperature: what each key adds to the gradient.
             let factor = 1.0 / (temperature * sum * batch as f64);
-            let mut dquery: Vec<f64> =
-                key.iter().map(|&k| f64::from(k) * (weight(positive) - sum) * factor).collect();
+            let mut dquery: Vec<f64> = key.iter().map(|&k| f64::from(k) * (weight(positive) - sum) * factor).collect();
             for part in &parts {
                 let factor = weight(part.largest[row]) * factor;
                 for (d, &k) in dquery.iter_mut().zip(&part.keys[row * width..]) {

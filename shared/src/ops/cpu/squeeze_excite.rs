@@ -138,8 +138,7 @@ pub(super) fn backward(
     let (reduce, expand) = (values(params.reduce.weight.var())?, values(params.expand.weight.var())?);
     let width = params.reduce.bias.var().elem_count();
     let channels = params.expand.bias.var().elem_count();
-    let dlogits: Vec<f32> =
-        dfactors.iter().zip(&saved.logits).map(|(&d, &x)| d * gate(params.gate, x).1).collect();
+    let dlogits: Vec<f32> = dfactors.iter().zip(&saved.logits).map(|(&d, &x)| d * gate(params.gate, x).1).collect();
     let active: Vec<f32> = saved.hidden.iter().map(|&x| activate(params.act, x).0).collect();
     deposit(&params.expand.bias, column_sums(&dlogits, channels))?;
     deposit(&params.expand.weight, weight_gradient(&active, &dlogits, width, channels))?;

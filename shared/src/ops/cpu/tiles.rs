@@ -519,8 +519,7 @@ unsafe fn raw_gradient_block<V: Simd, const ROWS: usize, const WHOLE: bool>(
     // SAFETY: the contract of `raw_gradient_raw`.
     unsafe {
         let of_channel = |from: *const f32| -> V { load::<V, WHOLE>(from.add(channel), left) };
-        let (mean, scale, slope, offset) =
-            (of_channel(mean), of_channel(scale), of_channel(slope), of_channel(offset));
+        let (mean, scale, slope, offset) = (of_channel(mean), of_channel(scale), of_channel(slope), of_channel(offset));
         for row in 0..ROWS {
             let at = at + row * channels;
             let bent = load::<V, WHOLE>(raw.add(at), left).sub(mean).mul_add(slope, offset);

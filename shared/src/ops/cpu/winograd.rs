@@ -116,7 +116,11 @@ impl Plan {
 }
 
 /// Cuts a transformed buffer of `tiles` tiles into its units.
-fn units<'a>(values: &'a mut [f32], plan: &Plan, channels: usize) -> impl IndexedParallelIterator<Item = &'a mut [f32]> {
+fn units<'a>(
+    values: &'a mut [f32],
+    plan: &Plan,
+    channels: usize,
+) -> impl IndexedParallelIterator<Item = &'a mut [f32]> {
     values.par_chunks_mut(POSITIONS * plan.unit * channels)
 }
 
