@@ -52,6 +52,9 @@ macro_rules! for_blocks {
     };
 }
 
+/// Numbers ahead of their use that the passes over large tensors ask for: memory is slower to begin than its streams are found.
+const AHEAD: usize = 8192;
+
 /// A second summand of `z`, normalised on its own, and factors after the activation; each may be absent.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Extras<'a> {
@@ -170,6 +173,7 @@ unsafe fn apply_block<V: Simd, A: Act, const ROWS: usize, const WHOLE: bool>(
         let gate = of_channel(extras.gate, 1.0);
         for row in 0..ROWS {
             let at = at + row * channels;
+            V::prefetch(xs.wrapping_add(at + AHEAD));
             let x = load::<V, WHOLE>(xs.add(at), left);
             let z = normalised::<V, WHOLE>(x, at, left, scale, shift, residual_scale, residual_shift, extras);
             let mut value = A::value(z);
@@ -434,6 +438,8 @@ unsafe fn activation_gradient_block<V: Simd, A: Act, const ROWS: usize, const WH
         let (mut sum, mut product) = (V::splat(0.0), V::splat(0.0));
         for row in 0..ROWS {
             let at = at + row * channels;
+            V::prefetch(p.raw.wrapping_add(at + AHEAD));
+            V::prefetch(p.gradient.wrapping_add(at + AHEAD));
             let raw = load::<V, WHOLE>(p.raw.add(at), left);
             let z = normalised::<V, WHOLE>(raw, at, left, scale, shift, residual_scale, residual_shift, &p.extras);
             let mut gradient = load::<V, WHOLE>(p.gradient.add(at), left);
@@ -522,6 +528,8 @@ unsafe fn raw_gradient_block<V: Simd, const ROWS: usize, const WHOLE: bool>(
         let (mean, scale, slope, offset) = (of_channel(mean), of_channel(scale), of_channel(slope), of_channel(offset));
         for row in 0..ROWS {
             let at = at + row * channels;
+            V::prefetch(raw.wrapping_add(at + AHEAD));
+            V::prefetch(dz.wrapping_add(at + AHEAD));
             let bent = load::<V, WHOLE>(raw.add(at), left).sub(mean).mul_add(slope, offset);
             let sum = load::<V, WHOLE>(dz.add(at), left).mul_add(scale, bent);
             store::<V, WHOLE>(sum, out.add(at), left);
@@ -595,6 +603,8 @@ unsafe fn gradient_sums_block<V: Simd, const ROWS: usize, const WHOLE: bool>(
         let (mut sum, mut product) = (V::splat(0.0), V::splat(0.0));
         for row in 0..ROWS {
             let at = at + row * channels;
+            V::prefetch(raw.wrapping_add(at + AHEAD));
+            V::prefetch(dz.wrapping_add(at + AHEAD));
             let dz = load::<V, WHOLE>(dz.add(at), left);
             sum = sum.add(dz);
             product = dz.mul_add(load::<V, WHOLE>(raw.add(at), left).sub(mean), product);
@@ -733,6 +743,7 @@ unsafe fn pool_block<V: Simd, A: Act, const ROWS: usize, const WHOLE: bool>(
         let shift = load::<V, WHOLE>(shift.add(channel), left);
         let mut sum = V::splat(0.0);
         for row in 0..ROWS {
+            V::prefetch(xs.wrapping_add(at + row * channels + AHEAD));
             let x = load::<V, WHOLE>(xs.add(at + row * channels), left);
             sum = sum.add(A::value(x.mul_add(scale, shift)));
         }
