@@ -9,7 +9,7 @@
 
 use rayon::prelude::*;
 
-use super::flow::{Before, Conv, Finish, Incoming, Source, Wanted, backward_sums, buffer, pieces, split};
+use super::flow::{Before, Conv, Finish, Incoming, IncomingGate, Source, Wanted, backward_sums, buffer, pieces, split};
 use super::norm::{Affine, BackwardSums, ShortSums, Statistics};
 use super::squeeze_excite::{self, SavedGate};
 use super::tiles::{self, Activated, Extras};
@@ -236,14 +236,15 @@ impl Chain {
             (Shortcut::Projection(params), Some(saved)) => {
                 let sums = sums_of(saved, dz_last_or_dout);
                 let wanted = if wants_input { Wanted::Gradient { plus: None } } else { Wanted::Nothing };
-                let outgoing = backward_layer(saved, params, Source::plain(xs), dz_last_or_dout, &sums, wanted)?;
+                let incoming = Gradient { values: dz_last_or_dout, sums: &sums, gate: None };
+                let outgoing = backward_layer(saved, params, Source::plain(xs), incoming, wanted)?;
                 Some(outgoing.gradient)
             }
             _ => None,
         };
         drop(projection);
 
-        let mut dz: Option<Vec<f32>> = None;
+        let (mut dz, mut through_mean): (Option<Vec<f32>>, Option<Vec<f32>>) = (None, None);
         let mut input = None;
         for index in (0..self.layers.len()).rev() {
             let Some(current) = layers.pop() else { break };
@@ -260,23 +261,31 @@ impl Chain {
                 None => (Source::plain(xs), Wanted::Nothing),
             };
             let of_layer = dz.as_deref().unwrap_or(dz_last_or_dout);
-            let outgoing = backward_layer(&current, &self.layers[index].params, source, of_layer, &sums, wanted)?;
+            let layer = &self.layers[index];
+            let gate = current.gate.as_ref().zip(through_mean.as_deref()).map(|(gate, through_mean)| IncomingGate {
+                affines: &current.affines,
+                act: layer.act,
+                factors: &gate.factors,
+                through_mean,
+                image_length: current.conv.output_length(),
+            });
+            let incoming = Gradient { values: of_layer, sums: &sums, gate };
+            let outgoing = backward_layer(&current, &layer.params, source, incoming, wanted)?;
             drop(current);
             let Some(previous) = previous else {
                 input = wants_input.then_some(outgoing.gradient);
                 break;
             };
-            let layer = &self.layers[index - 1];
-            let mut gradient = outgoing.gradient;
-            sums = match (&previous.gate, &layer.squeeze_excite) {
+            (sums, through_mean) = match (&previous.gate, &self.layers[index - 1].squeeze_excite) {
                 (Some(gate), Some(params)) => {
-                    let pixels = previous.conv.output_pixels();
-                    let dmeans = squeeze_excite::backward(params, gate, &outgoing.dgate, pixels)?;
-                    through_gate(previous, layer.act, gate, &dmeans, &mut gradient)
+                    let conv = &previous.conv;
+                    let dfactors = outgoing.gate_sums.factor_gradients(conv.geometry.out_channels);
+                    let through_mean = squeeze_excite::backward(params, gate, &dfactors, conv.output_pixels())?;
+                    (outgoing.gate_sums.backward_sums(conv, &gate.factors, &through_mean), Some(through_mean))
                 }
-                _ => outgoing.sums,
+                _ => (outgoing.sums, None),
             };
-            dz = Some(gradient);
+            dz = Some(outgoing.gradient);
         }
         let given = matches!(self.shortcut, Shortcut::Given).then(|| dz_last.unwrap_or_else(|| dout.to_vec()));
         Ok(InputGradients { input, given })
@@ -372,7 +381,6 @@ fn start_backward(
             mean: &last.means[group],
             act,
             residual,
-            gate: None,
         };
         tiles::activation_gradient_to(&of, &dout[range], dz, None, &mut short.as_target());
     });
@@ -387,46 +395,6 @@ fn sums_of(layer: &SavedLayer, dz: &[f32]) -> Vec<BackwardSums> {
         let raw = &layer.raw[range.clone()];
         tiles::gradient_sums(&dz[range], raw, &layer.means[group], &mut short.as_target());
     })
-}
-
-/// From the gradient of the gated value to `dz`, in place: the factor, what comes back through the channel's mean, the activation.
-fn through_gate(
-    layer: &SavedLayer,
-    act: Activation,
-    gate: &SavedGate,
-    dmeans: &[f32],
-    gradient: &mut [f32],
-) -> Vec<BackwardSums> {
-    let conv = &layer.conv;
-    let channels = conv.geometry.out_channels;
-    let image_length = conv.output_length();
-    let parts = gradient
-        .par_chunks_mut(image_length)
-        .enumerate()
-        .map(|(image, gradient)| {
-            let group = conv.group_of(image);
-            let channel_range = image * channels..(image + 1) * channels;
-            let gate = (&gate.factors[channel_range.clone()], &dmeans[channel_range]);
-            let (mut sums, mut short) = (BackwardSums::new(channels), ShortSums::new(channels));
-            let tile = (TILE_FLOATS / channels).max(1) * channels;
-            for (index, gradient) in gradient.chunks_mut(tile).enumerate() {
-                let start = image * image_length + index * tile;
-                let of = Activated {
-                    raw: &layer.raw[start..start + gradient.len()],
-                    affine: &layer.affines[group],
-                    mean: &layer.means[group],
-                    act,
-                    residual: None,
-                    gate: Some(gate),
-                };
-                short.clear();
-                tiles::activation_gradient(&of, gradient, None, &mut short.as_target());
-                sums.add(&short);
-            }
-            (group, sums)
-        })
-        .collect::<Vec<_>>();
-    backward_sums(parts, conv.groups, channels)
 }
 
 /// Runs `work` on tiles of the output of a convolution: `(group, start, tile of out, sums)`.
@@ -481,13 +449,22 @@ fn by_tiles_of(
     backward_sums(parts, conv.groups, channels)
 }
 
-/// The backward pass of one layer, from its `dz`; deposits the parameters' gradients.
+/// What comes back to a layer.
+#[derive(Debug, Clone, Copy)]
+struct Gradient<'a> {
+    /// `dz`, or the gradient of the gated output.
+    values: &'a [f32],
+    /// Of `dz`, one for each group.
+    sums: &'a [BackwardSums],
+    gate: Option<IncomingGate<'a>>,
+}
+
+/// The backward pass of one layer; deposits the parameters' gradients.
 fn backward_layer(
     layer: &SavedLayer,
     params: &ConvBn,
     source: Source<'_>,
-    dz: &[f32],
-    sums: &[BackwardSums],
+    gradient: Gradient<'_>,
     wanted: Wanted<'_>,
 ) -> candle_core::Result<super::flow::Outgoing> {
     let norm: &BatchNorm = &params.norm;
@@ -497,13 +474,14 @@ fn backward_layer(
     let slopes: Vec<_> = layer
         .statistics
         .iter()
-        .zip(sums)
+        .zip(gradient.sums)
         .map(|(statistics, sums)| statistics.slope(norm, &scale, sums, &mut dscale, &mut dshift))
         .collect();
     let to_f32 = |values: Vec<f64>| values.into_iter().map(|value| value as f32).collect::<Vec<_>>();
     deposit(&norm.weight, to_f32(dscale))?;
     deposit(&norm.bias, to_f32(dshift))?;
-    let incoming = Incoming { dz, raw: &layer.raw, slopes: &slopes };
+    let Gradient { values, gate, .. } = gradient;
+    let incoming = Incoming { gradient: values, raw: &layer.raw, slopes: &slopes, gate };
     let mut outgoing = with_values(params.conv.weight.var(), |weight| {
         Ok(convolution::backward(&layer.conv, &source, weight, &incoming, wanted))
     })?;

@@ -10,7 +10,7 @@
 use rayon::prelude::*;
 
 use super::flow::{
-    Conv, Finish, Finisher, Incoming, Outgoing, Retreat, Source, Wanted, backward_sums, buffer, pieces, split,
+    Conv, Finish, Finisher, GateSums, Incoming, Outgoing, Retreat, Source, Wanted, backward_sums, buffer, pieces, split,
     statistics, sum_in_order,
 };
 use super::norm::Statistics;
@@ -461,7 +461,7 @@ pub(super) fn backward(
     Outgoing {
         gradient,
         sums: backward_sums(sums, conv.groups, channels),
-        dgate: Vec::new(),
+        gate_sums: GateSums::default(),
         dweight: sum_in_order(dweights),
     }
 }

@@ -4,7 +4,7 @@
 use rayon::prelude::*;
 
 use super::flow::{
-    Conv, Finish, Finisher, Incoming, Outgoing, Piece, Retreat, Source, Wanted, backward_sums, buffer, pieces, split,
+    Conv, Finish, Finisher, GateSums, Incoming, Outgoing, Piece, Retreat, Source, Wanted, backward_sums, buffer, pieces, split,
     statistics, sum_in_order,
 };
 use super::gemm::{MAX_ROW_PIECES, MAX_RUNS, Packed, Rows, Run, multiply_transposed};
@@ -170,7 +170,7 @@ pub(super) fn backward(
         Wanted::Nothing => (Vec::new(), Vec::new()),
         Wanted::Gradient { plus } => input_gradient(conv, source, weight, incoming, plus),
     };
-    Outgoing { gradient, sums, dgate: Vec::new(), dweight }
+    Outgoing { gradient, sums, gate_sums: GateSums::default(), dweight }
 }
 
 /// Pieces that each sum the gradient of the weights on their own.

@@ -2,7 +2,7 @@
 //! cut into pieces.
 
 use super::norm::{Affine, BackwardSums, Moments, ShortSums, Slope, Statistics};
-use super::tiles::{self, Activated, Extras};
+use super::tiles::{self, Activated, Extras, GATED_SUMS, Gated};
 use crate::ops::{Activation, Geometry};
 
 /// Room for numbers that are all written before any is read; in builds with debug checks it is full of NaN, which a test would see.
@@ -174,17 +174,47 @@ pub(super) fn statistics(pieces: Vec<(usize, Option<Moments>)>, groups: usize, c
 /// The gradient of a layer's raw output, from that of its normalised output.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Incoming<'a> {
-    pub(super) dz: &'a [f32],
+    /// `dz`, or where a gate follows the layer, the gradient of its gated output.
+    pub(super) gradient: &'a [f32],
     pub(super) raw: &'a [f32],
     /// One for each group.
     pub(super) slopes: &'a [Slope],
+    pub(super) gate: Option<IncomingGate<'a>>,
+}
+
+/// Squeeze-excite after a layer.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct IncomingGate<'a> {
+    /// Batch norm, one for each group.
+    pub(super) affines: &'a [Affine],
+    pub(super) act: Activation,
+    /// `(B, C)`.
+    pub(super) factors: &'a [f32],
+    /// The gradient that each activated value gets through its channel's mean, `(B, C)`.
+    pub(super) through_mean: &'a [f32],
+    /// Numbers of an image of the layer's output.
+    pub(super) image_length: usize,
 }
 
 impl Incoming<'_> {
-    /// Writes the gradients of the raw numbers from `start` on, which belong to one group.
+    /// Writes the gradients of the raw numbers from `start` on, which belong to one group, and to one image where a gate follows.
     pub(super) fn read(&self, group: usize, start: usize, out: &mut [f32]) {
         let range = start..start + out.len();
-        tiles::raw_gradient(&self.dz[range.clone()], &self.raw[range], &self.slopes[group], out);
+        let (gradient, raw, slope) = (&self.gradient[range.clone()], &self.raw[range], &self.slopes[group]);
+        match &self.gate {
+            None => tiles::raw_gradient(gradient, raw, slope, out),
+            Some(gate) => {
+                let channels = slope.mean.len();
+                let of_image = start / gate.image_length * channels..(start / gate.image_length + 1) * channels;
+                let of = Gated {
+                    affine: &gate.affines[group],
+                    act: gate.act,
+                    factors: &gate.factors[of_image.clone()],
+                    through_mean: &gate.through_mean[of_image],
+                };
+                tiles::gated_raw_gradient(&of, gradient, raw, slope, out);
+            }
+        }
     }
 }
 
@@ -205,10 +235,57 @@ pub(super) struct Outgoing {
     pub(super) gradient: Vec<f32>,
     /// For the batch norm of the layer before, one for each group; only beside `dz`.
     pub(super) sums: Vec<BackwardSums>,
-    /// The gradient of the gate, `(B, C)`.
-    pub(super) dgate: Vec<f32>,
+    /// What the layer sums for the gate of its source.
+    pub(super) gate_sums: GateSums,
     /// The gradient of the weights.
     pub(super) dweight: Vec<f32>,
+}
+
+/// Sums of [`tiles::gated_sums`], image by image; empty without a gate.
+#[derive(Debug, Default)]
+pub(super) struct GateSums {
+    /// `(B, GATED_SUMS, C)`.
+    sums: Vec<f64>,
+}
+
+impl GateSums {
+    pub(super) fn new(images: usize, channels: usize) -> Self {
+        Self { sums: vec![0.0; images * GATED_SUMS * channels] }
+    }
+
+    /// Adds what some rows of an image gave.
+    pub(super) fn add(&mut self, image: usize, short: &[f32]) {
+        let sums = &mut self.sums[image * short.len()..(image + 1) * short.len()];
+        sums.iter_mut().zip(short).for_each(|(sum, short)| *sum += f64::from(*short));
+    }
+
+    /// Appends the images of another part.
+    pub(super) fn extend(&mut self, other: Self) {
+        self.sums.extend(other.sums);
+    }
+
+    /// The gradient of the factors, `(B, C)`.
+    pub(super) fn factor_gradients(&self, channels: usize) -> Vec<f32> {
+        let images = self.sums.chunks_exact(GATED_SUMS * channels);
+        images.flat_map(|sums| sums[..channels].iter().map(|&sum| sum as f32)).collect()
+    }
+
+    /// What the batch norm before the gate needs, when the rest of the gradient is known: factors and `through_mean` are `(B, C)`.
+    pub(super) fn backward_sums(&self, conv: &Conv, factors: &[f32], through_mean: &[f32]) -> Vec<BackwardSums> {
+        let channels = conv.geometry.out_channels;
+        let mut all = vec![BackwardSums::new(channels); conv.groups];
+        let images = self.sums.chunks_exact(GATED_SUMS * channels);
+        let of_images = factors.chunks_exact(channels).zip(through_mean.chunks_exact(channels));
+        for (image, (sums, (factors, through_mean))) in images.zip(of_images).enumerate() {
+            let into = &mut all[conv.group_of(image)];
+            for c in 0..channels {
+                let (factor, through_mean) = (f64::from(factors[c]), f64::from(through_mean[c]));
+                into.sums[c] += factor * sums[channels + c] + through_mean * sums[2 * channels + c];
+                into.products[c] += factor * sums[3 * channels + c] + through_mean * sums[4 * channels + c];
+            }
+        }
+        all
+    }
 }
 
 /// Turns gradients of what a layer read into those of its source, tile by tile.
@@ -241,7 +318,6 @@ impl Retreat {
             mean: &before.means[group],
             act: before.act,
             residual: None,
-            gate: None,
         };
         self.short.clear();
         tiles::activation_gradient(&of, gradient, value, &mut self.short.as_target());

@@ -4,12 +4,12 @@
 use rayon::prelude::*;
 
 use super::flow::{
-    Conv, Finish, Finisher, Incoming, Outgoing, Piece, Retreat, Source, Wanted, backward_sums, buffer, pieces, split,
+    Conv, Finish, Finisher, GateSums, Incoming, Outgoing, Piece, Retreat, Source, Wanted, backward_sums, buffer, pieces, split,
     statistics, sum_in_order,
 };
 use super::gemm::{Packed, Rows, multiply, multiply_transposed};
 use super::norm::Statistics;
-use super::tiles;
+use super::tiles::{self, Activated, GATED_SUMS};
 
 /// Numbers of a tile of input and output together: about half of a core's second cache.
 const TILE_FLOATS: usize = 110_000;
@@ -105,14 +105,15 @@ pub(super) fn backward(
     let mut gradient = buffer(if wants_gradient { conv.batch * conv.input_length() } else { 0 });
     let width = if wants_gradient { inputs } else { 0 };
     let parts = split(&mut gradient, &pieces, width);
-    let done: Vec<(usize, Retreat, Vec<f32>, Vec<f32>)> = pieces
+    let done: Vec<(usize, Retreat, Vec<f32>, GateSums)> = pieces
         .par_iter()
         .zip(parts)
         .map_init(
             || (buffer(rows * outputs), buffer(if source.before.is_some() { rows * inputs } else { 0 })),
             |(draw, read), (&piece, gradient)| {
                 let mut dweight = vec![0.0; inputs * outputs];
-                let mut dgate = vec![0.0; if gate.is_some() { piece.rows / pixels * inputs } else { 0 }];
+                let mut gate_sums = GateSums::new(if gate.is_some() { piece.rows / pixels } else { 0 }, inputs);
+                let mut short = vec![0.0; if gate.is_some() { GATED_SUMS * inputs } else { 0 }];
                 let mut retreat = Retreat::new(inputs);
                 for (start, count) in tiles_of(piece, rows, gate.map(|_| pixels)) {
                     let draw = &mut draw[..count * outputs];
@@ -139,27 +140,32 @@ pub(super) fn backward(
                         }
                         (Some(before), Some(gate)) => {
                             let read = &mut read[..count * inputs];
-                            let ungated =
-                                Source { before: Some(super::flow::Before { gate: None, ..*before }), ..*source };
                             let image = start / pixels;
-                            ungated.read(conv, image, start * inputs, read);
-                            let dgate = &mut dgate[(image - piece.start / pixels) * inputs..][..inputs];
-                            tiles::products(tile, read, dgate, &gate[image * inputs..][..inputs]);
+                            let of = Activated {
+                                raw: &source.values[start * inputs..][..count * inputs],
+                                affine: &before.affines[piece.group],
+                                mean: &before.means[piece.group],
+                                act: before.act,
+                                residual: None,
+                            };
+                            short.fill(0.0);
+                            tiles::gated_sums(&of, tile, &gate[image * inputs..][..inputs], read, &mut short);
+                            gate_sums.add(image - piece.start / pixels, &short);
                             &*read
                         }
                     };
                     let shared = [Rows { left: values, right: draw, count }];
                     multiply_transposed([inputs, outputs], &shared, inputs, outputs, &mut dweight, outputs);
                 }
-                (piece.group, retreat, dweight, dgate)
+                (piece.group, retreat, dweight, gate_sums)
             },
         )
         .collect();
-    let (mut sums, mut dweights, mut dgate) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut sums, mut dweights, mut gate_sums) = (Vec::new(), Vec::new(), GateSums::default());
     for (group, retreat, dweight, part) in done {
         sums.push((group, retreat.sums));
         dweights.push(dweight);
-        dgate.extend(part);
+        gate_sums.extend(part);
     }
-    Outgoing { gradient, sums: backward_sums(sums, conv.groups, inputs), dgate, dweight: sum_in_order(dweights) }
+    Outgoing { gradient, sums: backward_sums(sums, conv.groups, inputs), gate_sums, dweight: sum_in_order(dweights) }
 }

@@ -94,7 +94,7 @@ pub(super) fn activate(xs: &mut [f32], columns: usize, act: Activation) {
 /// `gradient * act'(xs)` for rows of `columns` numbers, in place.
 pub(super) fn activation_gradient(xs: &[f32], gradient: &mut [f32], columns: usize, act: Activation) {
     let (unchanged, mean) = (Affine::identity(columns), vec![0.0; columns]);
-    let of = Activated { raw: xs, affine: &unchanged, mean: &mean, act, residual: None, gate: None };
+    let of = Activated { raw: xs, affine: &unchanged, mean: &mean, act, residual: None };
     tiles::activation_gradient(&of, gradient, None, &mut ShortSums::new(columns).as_target());
 }
 

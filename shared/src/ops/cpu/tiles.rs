@@ -310,9 +310,6 @@ pub(super) struct Activated<'a> {
     pub(super) mean: &'a [f32],
     pub(super) act: Activation,
     pub(super) residual: Option<(&'a [f32], Option<&'a Affine>)>,
-    /// The value was multiplied by these factors, and the second of the pair is added to the gradient of the activated value: how a
-    /// squeeze-excite sends its gradient back.
-    pub(super) gate: Option<(&'a [f32], &'a [f32])>,
 }
 
 /// Where [`activation_gradient`] leaves its results.
@@ -378,14 +375,7 @@ unsafe fn activation_gradient_checked(
         }
         None => std::ptr::null_mut(),
     };
-    let extras = Extras { residual: of.residual, gate: of.gate.map(|(gate, _)| gate) }.checked(length, channels);
-    let extra_gradient = match of.gate {
-        Some((_, gradient)) => {
-            assert!(gradient.len() >= channels, "one gradient for each channel");
-            gradient.as_ptr()
-        }
-        None => std::ptr::null(),
-    };
+    let extras = Extras { residual: of.residual, gate: None }.checked(length, channels);
     let pointers = GradientPointers {
         raw: of.raw.as_ptr(),
         gradient,
@@ -395,7 +385,6 @@ unsafe fn activation_gradient_checked(
         shift: of.affine.shift.as_ptr(),
         mean: of.mean.as_ptr(),
         extras,
-        extra_gradient,
         sums: into.sums.as_mut_ptr(),
         products: into.products.as_mut_ptr(),
     };
@@ -413,7 +402,6 @@ struct GradientPointers {
     shift: *const f32,
     mean: *const f32,
     extras: RawExtras,
-    extra_gradient: *const f32,
     sums: *mut f32,
     products: *mut f32,
 }
@@ -434,7 +422,6 @@ unsafe fn activation_gradient_block<V: Simd, A: Act, const ROWS: usize, const WH
         let (scale, shift, mean) = (of_channel(p.scale, 1.0), of_channel(p.shift, 0.0), of_channel(p.mean, 0.0));
         let residual_scale = of_channel(p.extras.residual_scale, 1.0);
         let residual_shift = of_channel(p.extras.residual_shift, 0.0);
-        let (gate, extra) = (of_channel(p.extras.gate, 1.0), of_channel(p.extra_gradient, 0.0));
         let (mut sum, mut product) = (V::splat(0.0), V::splat(0.0));
         for row in 0..ROWS {
             let at = at + row * channels;
@@ -442,10 +429,7 @@ unsafe fn activation_gradient_block<V: Simd, A: Act, const ROWS: usize, const WH
             V::prefetch(p.gradient.wrapping_add(at + AHEAD));
             let raw = load::<V, WHOLE>(p.raw.add(at), left);
             let z = normalised::<V, WHOLE>(raw, at, left, scale, shift, residual_scale, residual_shift, &p.extras);
-            let mut gradient = load::<V, WHOLE>(p.gradient.add(at), left);
-            if !p.extras.gate.is_null() {
-                gradient = gradient.mul_add(gate, extra);
-            }
+            let gradient = load::<V, WHOLE>(p.gradient.add(at), left);
             let (value, dz) = A::both(z, gradient);
             store::<V, WHOLE>(dz, p.dz.add(at), left);
             if !p.value.is_null() {
@@ -645,72 +629,218 @@ dispatch!(
     )
 );
 
-/// Adds `sum(a * b)` over the rows to `sums`, then multiplies `b` by `factors`, all per channel.
+/// Sums per channel that [`gated_sums`] makes.
+pub(super) const GATED_SUMS: usize = 5;
+
+/// The first half of the way back through factors that depend on a channel's mean: `gradient` is that of `factors * act(z)`, where
+/// `z` is normalised. Writes `factors * act(z)` to `value` and adds to `sums`, one row of channels after the other, the sums over
+/// the rows of
+///
+/// - `gradient * act(z)`: the gradient of the factors,
+/// - `gradient * act'(z)` and `act'(z)`: with the factors and the gradient that comes through the mean they give `sum(dz)`,
+/// - `gradient * act'(z) * (raw - mean)` and `act'(z) * (raw - mean)`: likewise `sum(dz * (raw - mean))`.
+///
+/// So neither `dz` nor another pass over it is needed before the gradient of the factors is known.
 ///
 /// # Panics
 /// When a slice is too short.
-pub(super) fn products(a: &[f32], b: &mut [f32], sums: &mut [f32], factors: &[f32]) {
-    let channels = sums.len();
-    assert!(a.len() == b.len() && a.len().is_multiple_of(channels), "tiles of different sizes");
-    assert_eq!(factors.len(), channels, "one factor for each channel");
-    let rows = a.len() / channels;
+pub(super) fn gated_sums(
+    of: &Activated<'_>,
+    gradient: &[f32],
+    factors: &[f32],
+    value: &mut [f32],
+    sums: &mut [f32],
+) {
+    let channels = of.affine.channels();
+    let length = gradient.len();
+    assert!(length.is_multiple_of(channels) && of.raw.len() >= length && value.len() >= length, "rows are incomplete");
+    assert!(of.mean.len() == channels && factors.len() == channels, "one number for each channel");
+    assert_eq!(sums.len(), GATED_SUMS * channels, "one sum for each channel and kind");
+    let pointers = GatedPointers {
+        raw: of.raw.as_ptr(),
+        gradient: gradient.as_ptr(),
+        value: value.as_mut_ptr(),
+        scale: of.affine.scale.as_ptr(),
+        shift: of.affine.shift.as_ptr(),
+        mean: of.mean.as_ptr(),
+        factors: factors.as_ptr(),
+        sums: sums.as_mut_ptr(),
+    };
     // SAFETY: all slices were checked.
-    unsafe {
-        products_raw(a.as_ptr(), b.as_mut_ptr(), rows, channels, sums.as_mut_ptr(), factors.as_ptr());
-    }
+    unsafe { gated_sums_raw(length / channels, channels, of.act, &pointers) };
+}
+
+#[derive(Debug)]
+struct GatedPointers {
+    raw: *const f32,
+    gradient: *const f32,
+    value: *mut f32,
+    scale: *const f32,
+    shift: *const f32,
+    mean: *const f32,
+    factors: *const f32,
+    sums: *mut f32,
 }
 
 #[inline(always)]
-unsafe fn products_block<V: Simd, const ROWS: usize, const WHOLE: bool>(
+unsafe fn gated_sums_block<V: Simd, A: Act, const ROWS: usize, const WHOLE: bool>(
     at: usize,
     channel: usize,
     channels: usize,
     left: usize,
-    a: *const f32,
-    b: *mut f32,
-    sums: *mut f32,
-    factors: *const f32,
+    p: &GatedPointers,
 ) {
-    // SAFETY: the contract of `products_raw`.
+    // SAFETY: the contract of `gated_sums_raw`.
     unsafe {
-        let factor = load::<V, WHOLE>(factors.add(channel), left);
-        let sums = sums.add(channel);
-        let mut sum = load::<V, WHOLE>(sums, left);
+        let of_channel = |from: *const f32| -> V { load::<V, WHOLE>(from.add(channel), left) };
+        let (scale, shift, mean, factor) =
+            (of_channel(p.scale), of_channel(p.shift), of_channel(p.mean), of_channel(p.factors));
+        let mut sums = [V::splat(0.0); GATED_SUMS];
         for row in 0..ROWS {
             let at = at + row * channels;
-            let value = load::<V, WHOLE>(b.add(at), left);
-            sum = load::<V, WHOLE>(a.add(at), left).mul_add(value, sum);
-            store::<V, WHOLE>(value.mul(factor), b.add(at), left);
+            V::prefetch(p.raw.wrapping_add(at + AHEAD));
+            let raw = load::<V, WHOLE>(p.raw.add(at), left);
+            let gradient = load::<V, WHOLE>(p.gradient.add(at), left);
+            let (value, slope) = A::both(raw.mul_add(scale, shift), V::splat(1.0));
+            store::<V, WHOLE>(value.mul(factor), p.value.add(at), left);
+            let (bent, distance) = (gradient.mul(slope), raw.sub(mean));
+            sums[0] = gradient.mul_add(value, sums[0]);
+            sums[1] = sums[1].add(bent);
+            sums[2] = sums[2].add(slope);
+            sums[3] = bent.mul_add(distance, sums[3]);
+            sums[4] = slope.mul_add(distance, sums[4]);
         }
-        store::<V, WHOLE>(sum, sums, left);
+        for (kind, sum) in sums.into_iter().enumerate() {
+            let to = p.sums.add(kind * channels + channel);
+            store::<V, WHOLE>(sum.add(load::<V, WHOLE>(to, left)), to, left);
+        }
     }
 }
 
 #[inline(always)]
-unsafe fn products_with<V: Simd>(
-    a: *const f32,
-    b: *mut f32,
-    rows: usize,
-    channels: usize,
-    sums: *mut f32,
-    factors: *const f32,
-) {
-    // SAFETY: the contract of `products_raw`.
+unsafe fn gated_sums_for<V: Simd, A: Act>(rows: usize, channels: usize, pointers: &GatedPointers) {
+    // SAFETY: the contract of `gated_sums_raw`.
     unsafe {
-        for_blocks!([V] rows, channels, products_block(a, b, sums, factors));
+        for_blocks!([V, A] rows, channels, gated_sums_block(pointers));
     }
+}
+
+#[inline(always)]
+unsafe fn gated_sums_with<V: Simd>(rows: usize, channels: usize, act: Activation, pointers: &GatedPointers) {
+    // SAFETY: the contract of `gated_sums_raw`.
+    unsafe { with_activation!(act, gated_sums_for::<V>(rows, channels, pointers)) }
 }
 
 dispatch!(
     /// # Safety
-    /// `a` and `b` hold `rows * channels` numbers, the others `channels`.
-    products_raw = products_with(
-        a: *const f32,
-        b: *mut f32,
+    /// Rows hold `rows * channels` numbers, the sums [`GATED_SUMS`] times `channels`, the others `channels`.
+    gated_sums_raw = gated_sums_with(rows: usize, channels: usize, act: Activation, pointers: &GatedPointers)
+);
+
+/// How the values of one image were activated and multiplied by factors.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Gated<'a> {
+    pub(super) affine: &'a Affine,
+    pub(super) act: Activation,
+    /// Per channel.
+    pub(super) factors: &'a [f32],
+    /// The gradient that each activated value gets through its channel's mean.
+    pub(super) through_mean: &'a [f32],
+}
+
+/// The second half of the way back, see [`gated_sums`]: `dz = (gradient * factors + through_mean) * act'(z)`, and then as
+/// [`raw_gradient`].
+///
+/// # Panics
+/// When a slice is too short.
+pub(super) fn gated_raw_gradient(
+    of: &Gated<'_>,
+    gradient: &[f32],
+    raw: &[f32],
+    slope: &Slope,
+    out: &mut [f32],
+) {
+    let channels = slope.mean.len();
+    assert!(gradient.len() == out.len() && raw.len() == out.len(), "tiles of different sizes");
+    assert!(out.len().is_multiple_of(channels) && of.affine.channels() == channels, "rows are incomplete");
+    assert!(of.factors.len() == channels && of.through_mean.len() == channels, "one number for each channel");
+    let pointers = GatedRawPointers {
+        gradient: gradient.as_ptr(),
+        raw: raw.as_ptr(),
+        out: out.as_mut_ptr(),
+        affine: [of.affine.scale.as_ptr(), of.affine.shift.as_ptr()],
+        gate: [of.factors.as_ptr(), of.through_mean.as_ptr()],
+        slope: [slope.mean.as_ptr(), slope.scale.as_ptr(), slope.slope.as_ptr(), slope.offset.as_ptr()],
+    };
+    // SAFETY: all slices were checked; a slope's rows are equally long.
+    unsafe { gated_raw_gradient_raw(out.len() / channels, channels, of.act, &pointers) };
+}
+
+#[derive(Debug)]
+struct GatedRawPointers {
+    gradient: *const f32,
+    raw: *const f32,
+    out: *mut f32,
+    affine: [*const f32; 2],
+    gate: [*const f32; 2],
+    slope: [*const f32; 4],
+}
+
+#[inline(always)]
+unsafe fn gated_raw_gradient_block<V: Simd, A: Act, const ROWS: usize, const WHOLE: bool>(
+    at: usize,
+    channel: usize,
+    channels: usize,
+    left: usize,
+    p: &GatedRawPointers,
+) {
+    // SAFETY: the contract of `gated_raw_gradient_raw`.
+    unsafe {
+        let of_channel = |from: *const f32| -> V { load::<V, WHOLE>(from.add(channel), left) };
+        let (scale, shift) = (of_channel(p.affine[0]), of_channel(p.affine[1]));
+        let (factor, through_mean) = (of_channel(p.gate[0]), of_channel(p.gate[1]));
+        let (mean, norm_scale) = (of_channel(p.slope[0]), of_channel(p.slope[1]));
+        let (slope, offset) = (of_channel(p.slope[2]), of_channel(p.slope[3]));
+        for row in 0..ROWS {
+            let at = at + row * channels;
+            V::prefetch(p.raw.wrapping_add(at + AHEAD));
+            V::prefetch(p.gradient.wrapping_add(at + AHEAD));
+            let raw = load::<V, WHOLE>(p.raw.add(at), left);
+            let gradient = load::<V, WHOLE>(p.gradient.add(at), left).mul_add(factor, through_mean);
+            let (_, dz) = A::both(raw.mul_add(scale, shift), gradient);
+            let bent = raw.sub(mean).mul_add(slope, offset);
+            store::<V, WHOLE>(dz.mul_add(norm_scale, bent), p.out.add(at), left);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn gated_raw_gradient_for<V: Simd, A: Act>(rows: usize, channels: usize, pointers: &GatedRawPointers) {
+    // SAFETY: the contract of `gated_raw_gradient_raw`.
+    unsafe {
+        for_blocks!([V, A] rows, channels, gated_raw_gradient_block(pointers));
+    }
+}
+
+#[inline(always)]
+unsafe fn gated_raw_gradient_with<V: Simd>(
+    rows: usize,
+    channels: usize,
+    act: Activation,
+    pointers: &GatedRawPointers,
+) {
+    // SAFETY: the contract of `gated_raw_gradient_raw`.
+    unsafe { with_activation!(act, gated_raw_gradient_for::<V>(rows, channels, pointers)) }
+}
+
+dispatch!(
+    /// # Safety
+    /// Rows hold `rows * channels` numbers, the others `channels`.
+    gated_raw_gradient_raw = gated_raw_gradient_with(
         rows: usize,
         channels: usize,
-        sums: *mut f32,
-        factors: *const f32,
+        act: Activation,
+        pointers: &GatedRawPointers,
     )
 );
 

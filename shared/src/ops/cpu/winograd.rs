@@ -14,7 +14,7 @@
 use rayon::prelude::*;
 
 use super::flow::{
-    Conv, Finish, Finisher, Incoming, Outgoing, Retreat, Source, Wanted, backward_sums, buffer, statistics,
+    Conv, Finish, Finisher, GateSums, Incoming, Outgoing, Retreat, Source, Wanted, backward_sums, buffer, statistics,
 };
 use super::gemm::{MAX_ROW_PIECES, Packed, Rows, multiply_factor, multiply_transposed};
 use super::norm::Statistics;
@@ -290,7 +290,7 @@ pub(super) fn backward(
     Outgoing {
         gradient,
         sums: backward_sums(sums, conv.groups, inputs),
-        dgate: Vec::new(),
+        gate_sums: GateSums::default(),
         dweight: unpack_weights(&dweight, inputs, outputs),
     }
 }
