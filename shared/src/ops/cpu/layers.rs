@@ -18,30 +18,24 @@ const INFO_NCE: &str = "info_nce";
 pub(in crate::ops) fn max_pool(xs: &Tensor) -> Result<Tensor> {
     let (batch, height, width, channels) = xs.dims4().map_err(|_wrong| shape_error(MAX_POOL, "(B, H, W, C)", xs))?;
     let pool = MaxPool { batch, height, width, channels };
-    Ok(xs.contiguous()?.apply_op1(MaxPoolOp { pool, winners: Saved::empty() })?)
+    Ok(xs.contiguous()?.apply_op1(pool)?)
 }
 
-#[derive(Debug)]
-struct MaxPoolOp {
-    pool: MaxPool,
-    winners: Saved<Vec<u8>>,
-}
-
-impl CustomOp1 for MaxPoolOp {
+impl CustomOp1 for MaxPool {
     fn name(&self) -> &'static str {
         MAX_POOL
     }
 
     fn cpu_fwd(&self, xs: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (out, winners) = self.pool.forward(slice(xs, layout)?);
-        self.winners.put(winners);
-        let shape = (self.pool.batch, self.pool.output_height(), self.pool.output_width(), self.pool.channels);
-        Ok((CpuStorage::F32(out), shape.into()))
+        let shape = (self.batch, self.output_height(), self.output_width(), self.channels);
+        Ok((CpuStorage::F32(self.forward(slice(xs, layout)?)), shape.into()))
     }
 
-    fn bwd(&self, xs: &Tensor, _out: &Tensor, dout: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let winners = self.winners.take(MAX_POOL)?;
-        let dxs = with_values(&dout.contiguous()?, |dout| Ok(self.pool.backward(&winners, dout)))?;
+    fn bwd(&self, xs: &Tensor, out: &Tensor, dout: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let dout = dout.contiguous()?;
+        let dxs = with_values(xs, |xs| {
+            with_values(out, |out| with_values(&dout, |dout| Ok(self.backward(xs, out, dout))))
+        })?;
         Ok(Some(Tensor::from_vec(dxs, xs.shape(), xs.device())?))
     }
 }

@@ -1,6 +1,11 @@
 //! Max pool and global average pool over channels-last images; one image is one piece.
+#![expect(unsafe_code, reason = "vector kernels over raw pointers; every safe function checks the sizes")]
+#![expect(clippy::multiple_unsafe_ops_per_block, clippy::inline_always, reason = "kernels are one unsafe computation")]
 
 use rayon::prelude::*;
+
+use super::flow::buffer;
+use super::simd::{Simd, dispatch};
 
 /// A 3x3 max pool of stride 2 with padding 1 over a batch.
 #[derive(Debug, Clone, Copy)]
@@ -15,6 +20,9 @@ const KERNEL: usize = 3;
 const STRIDE: usize = 2;
 const PADDING: usize = 1;
 
+/// First places of the pixels under the kernel, in reading order, and how many there are.
+type Window = ([usize; KERNEL * KERNEL], usize);
+
 impl MaxPool {
     pub(super) fn output_height(&self) -> usize {
         (self.height + 2 * PADDING - KERNEL) / STRIDE + 1
@@ -24,72 +32,138 @@ impl MaxPool {
         (self.width + 2 * PADDING - KERNEL) / STRIDE + 1
     }
 
+    fn input_floats(&self) -> usize {
+        self.height * self.width * self.channels
+    }
+
     fn output_floats(&self) -> usize {
         self.output_height() * self.output_width() * self.channels
     }
 
-    /// The input pixel under a tap of an output pixel.
-    fn source(&self, pixel: usize, tap: usize) -> Option<usize> {
-        let (y, x) = (pixel / self.output_width(), pixel % self.output_width());
-        let y = (y * STRIDE + tap / KERNEL).checked_sub(PADDING).filter(|&y| y < self.height)?;
-        let x = (x * STRIDE + tap % KERNEL).checked_sub(PADDING).filter(|&x| x < self.width)?;
-        Some((y * self.width + x) * self.channels)
+    /// The pixels under the kernel of an output pixel: never none.
+    fn window(&self, y: usize, x: usize) -> Window {
+        let (mut places, mut count) = ([0; KERNEL * KERNEL], 0);
+        let side = |place: usize, length: usize| {
+            (place * STRIDE).saturating_sub(PADDING)..(place * STRIDE + KERNEL - PADDING).min(length)
+        };
+        for row in side(y, self.height) {
+            for column in side(x, self.width) {
+                places[count] = (row * self.width + column) * self.channels;
+                count += 1;
+            }
+        }
+        (places, count)
     }
 
-    /// The maxima and the tap each came from: the first in reading order, and NaN wins, as in `PyTorch`.
-    pub(super) fn forward(&self, xs: &[f32]) -> (Vec<f32>, Vec<u8>) {
-        let floats = self.output_floats();
-        let mut out = vec![f32::NEG_INFINITY; self.batch * floats];
-        let mut winners = vec![0u8; self.batch * floats];
-        let image = self.height * self.width * self.channels;
-        out.par_chunks_mut(floats).zip(winners.par_chunks_mut(floats)).zip(xs.par_chunks(image)).for_each(
-            |((out, winners), xs)| {
-                let pixels = out.chunks_mut(self.channels).zip(winners.chunks_mut(self.channels));
-                for (pixel, (out, winners)) in pixels.enumerate() {
-                    let mut first = true;
-                    for tap in 0..KERNEL * KERNEL {
-                        let Some(at) = self.source(pixel, tap) else { continue };
-                        let xs = &xs[at..at + self.channels];
-                        if first {
-                            out.copy_from_slice(xs);
-                            winners.fill(tap as u8);
-                            first = false;
-                            continue;
-                        }
-                        for ((out, winner), x) in out.iter_mut().zip(winners.iter_mut()).zip(xs) {
-                            let wins = *x > *out || x.is_nan();
-                            *out = if wins { *x } else { *out };
-                            *winner = if wins { tap as u8 } else { *winner };
-                        }
-                    }
-                }
-            },
-        );
-        (out, winners)
+    /// The maxima; NaN wins, as in `PyTorch`.
+    ///
+    /// # Shapes
+    /// - `xs`: `(B, H, W, C)`
+    /// - returns: `(B, H', W', C)`
+    pub(super) fn forward(&self, xs: &[f32]) -> Vec<f32> {
+        assert_eq!(xs.len(), self.batch * self.input_floats(), "images of another size");
+        let mut out = buffer(self.batch * self.output_floats());
+        let row_floats = self.output_width() * self.channels;
+        out.par_chunks_mut(self.output_floats()).zip(xs.par_chunks(self.input_floats())).for_each(|(out, xs)| {
+            for (y, out) in out.chunks_exact_mut(row_floats).enumerate() {
+                // SAFETY: `xs` is an image and `out` a row of outputs, of the sizes that the pool has.
+                unsafe { row_maxima(self, y, xs.as_ptr(), out.as_mut_ptr()) };
+            }
+        });
+        out
     }
 
-    /// Sends each gradient to the pixel that won.
-    pub(super) fn backward(&self, winners: &[u8], dout: &[f32]) -> Vec<f32> {
-        let floats = self.output_floats();
-        let image = self.height * self.width * self.channels;
-        let mut dxs = vec![0.0; self.batch * image];
-        dxs.par_chunks_mut(image).zip(winners.par_chunks(floats)).zip(dout.par_chunks(floats)).for_each(
-            |((dxs, winners), dout)| {
-                let pixels = winners.chunks(self.channels).zip(dout.chunks(self.channels));
-                for (pixel, (winners, dout)) in pixels.enumerate() {
-                    for tap in 0..KERNEL * KERNEL {
-                        let Some(at) = self.source(pixel, tap) else { continue };
-                        let dxs = &mut dxs[at..at + self.channels];
-                        for ((dx, winner), d) in dxs.iter_mut().zip(winners).zip(dout) {
-                            *dx += if *winner == tap as u8 { *d } else { 0.0 };
-                        }
-                    }
-                }
-            },
-        );
+    /// Sends each gradient to the first pixel in reading order that is the maximum, as `PyTorch` does; none where that is NaN.
+    pub(super) fn backward(&self, xs: &[f32], out: &[f32], dout: &[f32]) -> Vec<f32> {
+        assert_eq!(xs.len(), self.batch * self.input_floats(), "images of another size");
+        assert!(out.len() == self.batch * self.output_floats() && dout.len() == out.len(), "maxima of another size");
+        let mut dxs = buffer(xs.len());
+        let (image, output) = (self.input_floats(), self.output_floats());
+        let (row_floats, output_row) = (self.width * self.channels, self.output_width() * self.channels);
+        let images = xs.par_chunks(image).zip(out.par_chunks(output)).zip(dout.par_chunks(output));
+        dxs.par_chunks_mut(image).zip(images).for_each(|(dxs, ((xs, out), dout))| {
+            let outputs = out.chunks_exact(output_row).zip(dout.chunks_exact(output_row));
+            for (y, (out, dout)) in outputs.enumerate() {
+                // The row before was the last one of the window above.
+                let rows = y * STRIDE..(y * STRIDE + STRIDE).min(self.height);
+                dxs[rows.start * row_floats..rows.end * row_floats].fill(0.0);
+                // SAFETY: `xs` and `dxs` are images, `out` and `dout` rows of outputs, of the sizes that the pool has.
+                unsafe { row_gradients(self, y, xs.as_ptr(), out.as_ptr(), dout.as_ptr(), dxs.as_mut_ptr()) };
+            }
+        });
         dxs
     }
 }
+
+#[inline(always)]
+unsafe fn row_maxima_with<V: Simd>(pool: &MaxPool, y: usize, xs: *const f32, out: *mut f32) {
+    for x in 0..pool.output_width() {
+        let (places, count) = pool.window(y, x);
+        let mut channel = 0;
+        while channel < pool.channels {
+            let left = pool.channels - channel;
+            // SAFETY: the contract of `row_maxima`.
+            unsafe {
+                let mut top = V::load_first(xs.add(places[0] + channel), left);
+                for place in &places[1..count] {
+                    top = top.max_or_nan(V::load_first(xs.add(place + channel), left));
+                }
+                top.store_first(out.add(x * pool.channels + channel), left);
+            }
+            channel += V::LANES;
+        }
+    }
+}
+
+dispatch!(
+    /// # Safety
+    /// `xs` is an image, `out` the row `y` of its maxima.
+    row_maxima = row_maxima_with(pool: &MaxPool, y: usize, xs: *const f32, out: *mut f32)
+);
+
+#[inline(always)]
+unsafe fn row_gradients_with<V: Simd>(
+    pool: &MaxPool,
+    y: usize,
+    xs: *const f32,
+    out: *const f32,
+    dout: *const f32,
+    dxs: *mut f32,
+) {
+    for x in 0..pool.output_width() {
+        let (places, count) = pool.window(y, x);
+        let mut channel = 0;
+        while channel < pool.channels {
+            let left = pool.channels - channel;
+            let at = x * pool.channels + channel;
+            // SAFETY: the contract of `row_gradients`.
+            unsafe {
+                let top = V::load_first(out.add(at), left);
+                let mut rest = V::load_first(dout.add(at), left);
+                for place in &places[..count] {
+                    let x = V::load_first(xs.add(place + channel), left);
+                    let to = dxs.add(place + channel);
+                    rest.where_equal(x, top).add(V::load_first(to, left)).store_first(to, left);
+                    rest = rest.where_unequal(x, top);
+                }
+            }
+            channel += V::LANES;
+        }
+    }
+}
+
+dispatch!(
+    /// # Safety
+    /// `xs` and `dxs` are images, `out` and `dout` the row `y` of the maxima and of their gradients.
+    row_gradients = row_gradients_with(
+        pool: &MaxPool,
+        y: usize,
+        xs: *const f32,
+        out: *const f32,
+        dout: *const f32,
+        dxs: *mut f32,
+    )
+);
 
 /// Means over the pixels of each image: `(B, pixels, C)` to `(B, C)`.
 pub(super) fn average(xs: &[f32], pixels: usize, channels: usize) -> Vec<f32> {

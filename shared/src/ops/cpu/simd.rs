@@ -7,7 +7,7 @@
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{
-    __m256, __m512, _CMP_GT_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _mm256_add_epi32, _mm256_add_ps,
+    __m256, __m512, _CMP_EQ_OQ, _CMP_GT_OQ, _CMP_NEQ_UQ, _CMP_UNORD_Q, _mm256_blendv_ps, _mm512_mask_mov_ps, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _mm256_add_epi32, _mm256_add_ps,
     _mm256_and_ps, _mm256_castsi256_ps, _mm256_cmp_ps, _mm256_cvtps_epi32, _mm256_fmadd_ps, _mm256_loadu_ps,
     _mm256_loadu_si256, _mm256_maskload_ps, _mm256_maskstore_ps, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps,
     _mm256_rcp_ps, _mm256_round_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_slli_epi32, _mm256_storeu_ps,
@@ -61,6 +61,12 @@ pub(super) unsafe trait Simd: Copy {
     unsafe fn max(self, other: Self) -> Self;
     /// `self` where `a > b`, elsewhere 0.
     unsafe fn where_greater(self, a: Self, b: Self) -> Self;
+    /// `self` where `a == b`, elsewhere 0.
+    unsafe fn where_equal(self, a: Self, b: Self) -> Self;
+    /// `self` where `a != b` or one of them is NaN, elsewhere 0.
+    unsafe fn where_unequal(self, a: Self, b: Self) -> Self;
+    /// The larger; NaN when one is NaN.
+    unsafe fn max_or_nan(self, other: Self) -> Self;
     /// `2^self` for numbers within ±[`EXP2_LIMIT`].
     unsafe fn exp2(self) -> Self;
     /// `1 / self` to about 12 bits at least.
@@ -178,6 +184,21 @@ unsafe impl Simd for __m512 {
         unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b), self) }
     }
     #[inline(always)]
+    unsafe fn where_equal(self, a: Self, b: Self) -> Self {
+        // SAFETY: the caller's contract.
+        unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_EQ_OQ>(a, b), self) }
+    }
+    #[inline(always)]
+    unsafe fn where_unequal(self, a: Self, b: Self) -> Self {
+        // SAFETY: the caller's contract.
+        unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(a, b), self) }
+    }
+    #[inline(always)]
+    unsafe fn max_or_nan(self, other: Self) -> Self {
+        // SAFETY: the caller's contract.
+        unsafe { _mm512_mask_mov_ps(_mm512_max_ps(self, other), _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self, self), self) }
+    }
+    #[inline(always)]
     unsafe fn exp2(self) -> Self {
         // SAFETY: the caller's contract.
         unsafe {
@@ -283,6 +304,21 @@ unsafe impl Simd for __m256 {
     unsafe fn where_greater(self, a: Self, b: Self) -> Self {
         // SAFETY: the caller's contract.
         unsafe { _mm256_and_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(a, b), self) }
+    }
+    #[inline(always)]
+    unsafe fn where_equal(self, a: Self, b: Self) -> Self {
+        // SAFETY: the caller's contract.
+        unsafe { _mm256_and_ps(_mm256_cmp_ps::<_CMP_EQ_OQ>(a, b), self) }
+    }
+    #[inline(always)]
+    unsafe fn where_unequal(self, a: Self, b: Self) -> Self {
+        // SAFETY: the caller's contract.
+        unsafe { _mm256_and_ps(_mm256_cmp_ps::<_CMP_NEQ_UQ>(a, b), self) }
+    }
+    #[inline(always)]
+    unsafe fn max_or_nan(self, other: Self) -> Self {
+        // SAFETY: the caller's contract.
+        unsafe { _mm256_blendv_ps(_mm256_max_ps(self, other), self, _mm256_cmp_ps::<_CMP_UNORD_Q>(self, self)) }
     }
     #[inline(always)]
     unsafe fn exp2(self) -> Self {
@@ -403,6 +439,26 @@ unsafe impl Simd for Portable {
             *value = if a.0[lane] > b.0[lane] { *value } else { 0.0 };
         }
         Self(lanes)
+    }
+    #[inline(always)]
+    unsafe fn where_equal(self, a: Self, b: Self) -> Self {
+        let mut lanes = self.0;
+        for (lane, value) in lanes.iter_mut().enumerate() {
+            *value = if a.0[lane] == b.0[lane] { *value } else { 0.0 };
+        }
+        Self(lanes)
+    }
+    #[inline(always)]
+    unsafe fn where_unequal(self, a: Self, b: Self) -> Self {
+        let mut lanes = self.0;
+        for (lane, value) in lanes.iter_mut().enumerate() {
+            *value = if a.0[lane] == b.0[lane] { 0.0 } else { *value };
+        }
+        Self(lanes)
+    }
+    #[inline(always)]
+    unsafe fn max_or_nan(self, other: Self) -> Self {
+        self.zip(other, |a, b| if a > b || a.is_nan() { a } else { b })
     }
     #[inline(always)]
     unsafe fn exp2(self) -> Self {
