@@ -1,11 +1,11 @@
-//! A [`Chain`] as one candle custom operation.
+//! A [`Chain`] as one operation in candle's graph.
 
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Shape, Tensor, bail};
+use candle_core::{Shape, Tensor, bail};
 
 use super::chain::{Chain, InputGradients, Layer, SavedChain, Shortcut};
 use super::flow::Conv;
 use super::norm::Statistics;
-use super::{Saved, anchor, slice, values, with_values};
+use super::{graph, values, with_values};
 use crate::ops::{Activation, BasicBlock, BatchNorm, Bottleneck, ConvBn, MbConv, Mode, Parameter, Pass, shape_error};
 use crate::{Error, Result};
 
@@ -86,114 +86,42 @@ fn run(name: &'static str, xs: &Tensor, given: Option<&Tensor>, chain: Chain, pa
     }
     let xs = xs.contiguous()?;
     let given = given.map(Tensor::contiguous).transpose()?;
-    let op = BlockOp { name, chain, convs, shape, pass: *pass, saved: Saved::empty() };
-    if pass.record {
-        let anchor = anchor()?;
-        return Ok(match given {
-            Some(given) => xs.apply_op3(&given, &anchor, op)?,
-            None => xs.apply_op2(&anchor, op)?,
-        });
-    }
-    let out = with_values(&xs, |xs| match &given {
-        Some(given) => with_values(given, |given| op.forward(xs, Some(given))),
-        None => op.forward(xs, None),
-    })?;
-    Ok(Tensor::from_vec(out, op.shape, &candle_core::Device::Cpu)?)
+    let op = Block { chain, convs };
+    let out =
+        |given: Option<&[f32]>| with_values(&xs, |xs| op.chain.forward(&op.convs, xs, given, pass.mode, pass.record));
+    let (out, saved) = match &given {
+        Some(given) => with_values(given, |given| out(Some(given)))?,
+        None => out(None)?,
+    };
+    let Some(saved) = saved else { return Ok(Tensor::from_vec(out, shape, xs.device())?) };
+    let (input, wants_input) = (xs.detach(), xs.track_op());
+    let kept = given.as_ref().map(Tensor::detach);
+    let backward = move |dout: Vec<f32>| op.backward(saved, &input, kept.as_ref(), &dout, wants_input);
+    let inputs: Vec<&Tensor> = std::iter::once(&xs).chain(&given).collect();
+    Ok(graph::record(name, out, shape, &inputs, backward)?)
 }
 
 #[derive(Debug)]
-struct BlockOp {
-    name: &'static str,
+struct Block {
     chain: Chain,
     convs: Vec<Conv>,
-    shape: Shape,
-    pass: Pass,
-    saved: Saved<SavedChain>,
 }
 
-impl BlockOp {
-    fn forward(&self, xs: &[f32], given: Option<&[f32]>) -> candle_core::Result<Vec<f32>> {
-        let (out, saved) = self.chain.forward(&self.convs, xs, given, self.pass.mode, self.pass.record)?;
-        if let Some(saved) = saved {
-            self.saved.put(saved);
-        }
-        Ok(out)
-    }
-
-    fn backward(&self, xs: &Tensor, given: Option<&Tensor>, dout: &Tensor) -> candle_core::Result<InputGradients> {
-        let saved = self.saved.take(self.name)?;
-        let (wants_input, dout) = (xs.track_op(), dout.contiguous()?);
-        with_values(xs, |xs| {
-            with_values(&dout, |dout| match given {
-                Some(given) => {
-                    with_values(given, |given| self.chain.backward(saved, xs, Some(given), dout, wants_input))
-                }
-                None => self.chain.backward(saved, xs, None, dout, wants_input),
-            })
-        })
-    }
-}
-
-/// A gradient that lies like `tensor`.
-fn like(tensor: &Tensor, gradient: Option<Vec<f32>>) -> candle_core::Result<Option<Tensor>> {
-    gradient.map(|gradient| Tensor::from_vec(gradient, tensor.shape(), tensor.device())).transpose()
-}
-
-impl CustomOp2 for BlockOp {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn cpu_fwd(
+impl Block {
+    /// Gradients of the input and of the tensor that was added.
+    fn backward(
         &self,
-        xs: &CpuStorage,
-        xs_layout: &Layout,
-        _anchor: &CpuStorage,
-        _anchor_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok((CpuStorage::F32(self.forward(slice(xs, xs_layout)?, None)?), self.shape.clone()))
-    }
-
-    fn bwd(
-        &self,
+        saved: SavedChain,
         xs: &Tensor,
-        _anchor: &Tensor,
-        _out: &Tensor,
-        dout: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        Ok((like(xs, self.backward(xs, None, dout)?.input)?, None))
-    }
-}
-
-impl CustomOp3 for BlockOp {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn cpu_fwd(
-        &self,
-        xs: &CpuStorage,
-        xs_layout: &Layout,
-        given: &CpuStorage,
-        given_layout: &Layout,
-        _anchor: &CpuStorage,
-        _anchor_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let out = self.forward(slice(xs, xs_layout)?, Some(slice(given, given_layout)?))?;
-        Ok((CpuStorage::F32(out), self.shape.clone()))
-    }
-
-    fn bwd(
-        &self,
-        xs: &Tensor,
-        given: &Tensor,
-        _anchor: &Tensor,
-        _out: &Tensor,
-        dout: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let gradients = self.backward(xs, Some(given), dout)?;
-        let of_given = gradients.given.filter(|_| given.track_op());
-        Ok((like(xs, gradients.input)?, like(given, of_given)?, None))
+        given: Option<&Tensor>,
+        dout: &[f32],
+        wants_input: bool,
+    ) -> candle_core::Result<Vec<Option<Vec<f32>>>> {
+        let InputGradients { input, given } = with_values(xs, |xs| match given {
+            Some(given) => with_values(given, |given| self.chain.backward(saved, xs, Some(given), dout, wants_input)),
+            None => self.chain.backward(saved, xs, None, dout, wants_input),
+        })?;
+        Ok(vec![input, given])
     }
 }
 

@@ -10,8 +10,8 @@
 use rayon::prelude::*;
 
 use super::flow::{
-    Conv, Finish, Finisher, GateSums, Incoming, Outgoing, Retreat, Source, Wanted, backward_sums, buffer, pieces, split,
-    statistics, sum_in_order,
+    Conv, Finish, Finisher, GateSums, Incoming, Outgoing, Retreat, Source, Wanted, backward_sums, buffer, pieces,
+    split, statistics, sum_in_order,
 };
 use super::norm::Statistics;
 use super::simd::{Simd, dispatch};

@@ -4,8 +4,8 @@
 use rayon::prelude::*;
 
 use super::flow::{
-    Conv, Finish, Finisher, GateSums, Incoming, Outgoing, Piece, Retreat, Source, Wanted, backward_sums, buffer, pieces, split,
-    statistics, sum_in_order,
+    Conv, Finish, Finisher, GateSums, Incoming, Outgoing, Piece, Retreat, Source, Wanted, backward_sums, buffer,
+    pieces, split, statistics, sum_in_order,
 };
 use super::gemm::{MAX_ROW_PIECES, MAX_RUNS, Packed, Rows, Run, multiply_transposed};
 use super::norm::Statistics;

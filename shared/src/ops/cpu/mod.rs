@@ -1,9 +1,9 @@
-//! Kernels over channels-last f32 on the CPU, wrapped as candle custom operations with their own backward passes.
+//! Kernels over channels-last f32 on the CPU, wrapped as operations of candle's graph with backward passes of their own.
 //!
 //! From below: `simd` and `activation` (vectors), `gemm` and `tiles` (kernels over tiles in cache), `norm` (batch norm as numbers per
 //! channel), `flow` (what passes from layer to layer), `pointwise`, `depthwise`, `direct` and `winograd` (convolutions, chosen by
 //! `convolution`), `squeeze_excite`, `chain` (blocks), `pool` and `rows` (the rest); these compute on slices and know nothing of tensors'
-//! graphs. `block`, `layers` and `update` wrap them. All work is cut into pieces that depend on shapes alone; partial sums are added
+//! graphs. `block`, `layers` and `update` wrap them, on candle's graph by `graph`. All work is cut into pieces that depend on shapes alone; partial sums are added
 //! in the order of the pieces.
 
 mod activation;
@@ -14,6 +14,7 @@ mod depthwise;
 mod direct;
 mod flow;
 mod gemm;
+mod graph;
 pub(super) mod layers;
 mod norm;
 mod pointwise;
@@ -25,9 +26,7 @@ mod tiles;
 pub(super) mod update;
 mod winograd;
 
-use std::sync::{Mutex, PoisonError};
-
-use candle_core::{CpuStorage, Layout, Storage, Tensor, Var, bail};
+use candle_core::{CpuStorage, Layout, Storage, Tensor, bail};
 
 /// The values of a contiguous f32 tensor on the CPU.
 fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
@@ -48,32 +47,6 @@ fn with_values<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> candle_core::Result
 /// A copy of a small tensor's values.
 fn values(tensor: &Tensor) -> candle_core::Result<Vec<f32>> {
     with_values(tensor, |values| Ok(values.to_vec()))
-}
-
-/// The variable that makes candle record an operation whose activations need no gradient.
-fn anchor() -> candle_core::Result<Tensor> {
-    Ok(Var::zeros((), candle_core::DType::F32, &candle_core::Device::Cpu)?.into_inner())
-}
-
-/// What the forward pass of an operation leaves for its backward pass, which takes it away.
-#[derive(Debug)]
-struct Saved<T>(Mutex<Option<T>>);
-
-impl<T> Saved<T> {
-    fn empty() -> Self {
-        Self(Mutex::new(None))
-    }
-
-    fn put(&self, value: T) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(value);
-    }
-
-    fn take(&self, op: &'static str) -> candle_core::Result<T> {
-        match self.0.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            Some(value) => Ok(value),
-            None => bail!("{op}: the backward pass ran twice over one forward pass"),
-        }
-    }
 }
 
 /// Deposits a gradient that lies like its parameter.

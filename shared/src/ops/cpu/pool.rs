@@ -74,21 +74,20 @@ impl MaxPool {
     }
 
     /// Sends each gradient to the first pixel in reading order that is the maximum, as `PyTorch` does; none where that is NaN.
-    pub(super) fn backward(&self, xs: &[f32], out: &[f32], dout: &[f32]) -> Vec<f32> {
+    pub(super) fn backward(&self, xs: &[f32], dout: &[f32]) -> Vec<f32> {
         assert_eq!(xs.len(), self.batch * self.input_floats(), "images of another size");
-        assert!(out.len() == self.batch * self.output_floats() && dout.len() == out.len(), "maxima of another size");
+        assert_eq!(dout.len(), self.batch * self.output_floats(), "gradients of another size");
         let mut dxs = buffer(xs.len());
         let (image, output) = (self.input_floats(), self.output_floats());
         let (row_floats, output_row) = (self.width * self.channels, self.output_width() * self.channels);
-        let images = xs.par_chunks(image).zip(out.par_chunks(output)).zip(dout.par_chunks(output));
-        dxs.par_chunks_mut(image).zip(images).for_each(|(dxs, ((xs, out), dout))| {
-            let outputs = out.chunks_exact(output_row).zip(dout.chunks_exact(output_row));
-            for (y, (out, dout)) in outputs.enumerate() {
+        let images = xs.par_chunks(image).zip(dout.par_chunks(output));
+        dxs.par_chunks_mut(image).zip(images).for_each(|(dxs, (xs, dout))| {
+            for (y, dout) in dout.chunks_exact(output_row).enumerate() {
                 // The row before was the last one of the window above.
                 let rows = y * STRIDE..(y * STRIDE + STRIDE).min(self.height);
                 dxs[rows.start * row_floats..rows.end * row_floats].fill(0.0);
-                // SAFETY: `xs` and `dxs` are images, `out` and `dout` rows of outputs, of the sizes that the pool has.
-                unsafe { row_gradients(self, y, xs.as_ptr(), out.as_ptr(), dout.as_ptr(), dxs.as_mut_ptr()) };
+                // SAFETY: `xs` and `dxs` are images, `dout` is a row of gradients, of the sizes that the pool has.
+                unsafe { row_gradients(self, y, xs.as_ptr(), dout.as_ptr(), dxs.as_mut_ptr()) };
             }
         });
         dxs
@@ -122,26 +121,24 @@ dispatch!(
 );
 
 #[inline(always)]
-unsafe fn row_gradients_with<V: Simd>(
-    pool: &MaxPool,
-    y: usize,
-    xs: *const f32,
-    out: *const f32,
-    dout: *const f32,
-    dxs: *mut f32,
-) {
+unsafe fn row_gradients_with<V: Simd>(pool: &MaxPool, y: usize, xs: *const f32, dout: *const f32, dxs: *mut f32) {
     for x in 0..pool.output_width() {
         let (places, count) = pool.window(y, x);
         let mut channel = 0;
         while channel < pool.channels {
             let left = pool.channels - channel;
-            let at = x * pool.channels + channel;
             // SAFETY: the contract of `row_gradients`.
             unsafe {
-                let top = V::load_first(out.add(at), left);
-                let mut rest = V::load_first(dout.add(at), left);
-                for place in &places[..count] {
-                    let x = V::load_first(xs.add(place + channel), left);
+                let mut pixels = [V::splat(0.0); KERNEL * KERNEL];
+                for (pixel, place) in pixels.iter_mut().zip(&places[..count]) {
+                    *pixel = V::load_first(xs.add(place + channel), left);
+                }
+                let mut top = pixels[0];
+                for pixel in &pixels[1..count] {
+                    top = top.max_or_nan(*pixel);
+                }
+                let mut rest = V::load_first(dout.add(x * pool.channels + channel), left);
+                for (x, place) in pixels.into_iter().zip(&places[..count]) {
                     let to = dxs.add(place + channel);
                     rest.where_equal(x, top).add(V::load_first(to, left)).store_first(to, left);
                     rest = rest.where_unequal(x, top);
@@ -154,15 +151,8 @@ unsafe fn row_gradients_with<V: Simd>(
 
 dispatch!(
     /// # Safety
-    /// `xs` and `dxs` are images, `out` and `dout` the row `y` of the maxima and of their gradients.
-    row_gradients = row_gradients_with(
-        pool: &MaxPool,
-        y: usize,
-        xs: *const f32,
-        out: *const f32,
-        dout: *const f32,
-        dxs: *mut f32,
-    )
+    /// `xs` and `dxs` are images, `dout` is the row `y` of the maxima's gradients.
+    row_gradients = row_gradients_with(pool: &MaxPool, y: usize, xs: *const f32, dout: *const f32, dxs: *mut f32)
 );
 
 /// Means over the pixels of each image: `(B, pixels, C)` to `(B, C)`.

@@ -644,13 +644,7 @@ pub(super) const GATED_SUMS: usize = 5;
 ///
 /// # Panics
 /// When a slice is too short.
-pub(super) fn gated_sums(
-    of: &Activated<'_>,
-    gradient: &[f32],
-    factors: &[f32],
-    value: &mut [f32],
-    sums: &mut [f32],
-) {
+pub(super) fn gated_sums(of: &Activated<'_>, gradient: &[f32], factors: &[f32], value: &mut [f32], sums: &mut [f32]) {
     let channels = of.affine.channels();
     let length = gradient.len();
     assert!(length.is_multiple_of(channels) && of.raw.len() >= length && value.len() >= length, "rows are incomplete");
@@ -753,13 +747,7 @@ pub(super) struct Gated<'a> {
 ///
 /// # Panics
 /// When a slice is too short.
-pub(super) fn gated_raw_gradient(
-    of: &Gated<'_>,
-    gradient: &[f32],
-    raw: &[f32],
-    slope: &Slope,
-    out: &mut [f32],
-) {
+pub(super) fn gated_raw_gradient(of: &Gated<'_>, gradient: &[f32], raw: &[f32], slope: &Slope, out: &mut [f32]) {
     let channels = slope.mean.len();
     assert!(gradient.len() == out.len() && raw.len() == out.len(), "tiles of different sizes");
     assert!(out.len().is_multiple_of(channels) && of.affine.channels() == channels, "rows are incomplete");
@@ -823,12 +811,7 @@ unsafe fn gated_raw_gradient_for<V: Simd, A: Act>(rows: usize, channels: usize, 
 }
 
 #[inline(always)]
-unsafe fn gated_raw_gradient_with<V: Simd>(
-    rows: usize,
-    channels: usize,
-    act: Activation,
-    pointers: &GatedRawPointers,
-) {
+unsafe fn gated_raw_gradient_with<V: Simd>(rows: usize, channels: usize, act: Activation, pointers: &GatedRawPointers) {
     // SAFETY: the contract of `gated_raw_gradient_raw`.
     unsafe { with_activation!(act, gated_raw_gradient_for::<V>(rows, channels, pointers)) }
 }
