@@ -80,13 +80,13 @@ impl Act for Silu {
     #[inline(always)]
     unsafe fn value<V: Simd>(z: V) -> V {
         // SAFETY: the caller's contract.
-        unsafe { z.mul(z.sigmoid()) }
+        unsafe { z.div(z.one_plus_exp_of_negative()) }
     }
     #[inline(always)]
     unsafe fn both<V: Simd>(z: V, gradient: V) -> (V, V) {
         // SAFETY: the caller's contract.
         unsafe {
-            let sigmoid = z.sigmoid();
+            let sigmoid = V::splat(1.0).div(z.one_plus_exp_of_negative());
             let value = z.mul(sigmoid);
             // sigmoid + value * (1 - sigmoid)
             let slope = value.neg_mul_add(sigmoid, sigmoid.add(value));

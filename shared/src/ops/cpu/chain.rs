@@ -9,7 +9,9 @@
 
 use rayon::prelude::*;
 
+use super::depthwise::{self, Expansion, Pixels};
 use super::flow::{Before, Conv, Finish, Incoming, IncomingGate, Source, Wanted, backward_sums, buffer, pieces, split};
+use super::gemm::Packed;
 use super::norm::{Affine, BackwardSums, ShortSums, Statistics};
 use super::squeeze_excite::{self, SavedGate};
 use super::tiles::{self, Activated, Extras};
@@ -128,11 +130,13 @@ impl Chain {
         let last = self.layers.len() - 1;
         let mut current: Option<Vec<f32>> = None;
         let mut factors: Option<Vec<f32>> = None;
-        for (index, (layer, conv)) in self.layers.iter().zip(convs).enumerate() {
-            let unchanged = [Affine::identity(conv.geometry.in_channels)];
+        let mut index = 0;
+        while index <= last {
             let values = current.as_deref().unwrap_or(xs);
-            let gated = Before { affines: &unchanged, means: &[], act: Activation::Identity, gate: factors.as_deref() };
-            let source = Source { values, before: factors.is_some().then_some(gated) };
+            let expand = (factors.is_none() && self.expands(index, convs)).then(|| &self.layers[index]);
+            let inputs = convs[index].geometry.in_channels;
+            index += usize::from(expand.is_some());
+            let (layer, conv) = (&self.layers[index], &convs[index]);
             let residual = match &self.shortcut {
                 _ if index < last => None,
                 Shortcut::None => None,
@@ -140,20 +144,46 @@ impl Chain {
                 Shortcut::Given => given,
                 Shortcut::Projection(_) => projected.as_deref(),
             };
-            let out = evaluate_layer(conv, &layer.params, source, layer.act, residual)?;
+            let channels = conv.geometry.out_channels;
+            let pooled = if layer.squeeze_excite.is_some() { conv.batch * conv.output_height() * channels } else { 0 };
+            let mut row_sums = buffer(pooled);
+            let out = match expand {
+                Some(expand) => {
+                    let source = Expanded { values, inputs, layer: expand };
+                    evaluate_expanded(conv, layer, source, residual, &mut row_sums)?
+                }
+                None => {
+                    let unchanged = [Affine::identity(inputs)];
+                    let act = Activation::Identity;
+                    let gated = Before { affines: &unchanged, means: &[], act, gate: factors.as_deref() };
+                    let source = Source { values, before: factors.is_some().then_some(gated) };
+                    evaluate_layer(conv, &layer.params, source, layer.act, residual)?
+                }
+            };
             factors = match &layer.squeeze_excite {
                 Some(params) => {
-                    let channels = conv.geometry.out_channels;
-                    let unchanged = [Affine::identity(channels)];
-                    let as_it_is = Before { affines: &unchanged, means: &[], act: Activation::Identity, gate: None };
-                    let means = squeeze_excite::means(conv, &out, &as_it_is);
+                    let means = if expand.is_some() {
+                        squeeze_excite::means_of_rows(conv, &row_sums)
+                    } else {
+                        let unchanged = [Affine::identity(channels)];
+                        let act = Activation::Identity;
+                        let as_it_is = Before { affines: &unchanged, means: &[], act, gate: None };
+                        squeeze_excite::means(conv, &out, &as_it_is)
+                    };
                     Some(squeeze_excite::forward(params, means, channels)?.factors)
                 }
                 None => None,
             };
             current = Some(out);
+            index += 1;
         }
         Ok(current.unwrap_or_default())
+    }
+
+    /// Whether a layer only widens the pixels of a depthwise convolution that follows.
+    fn expands(&self, index: usize, convs: &[Conv]) -> bool {
+        let plain = self.layers[index].squeeze_excite.is_none() && convolution::is_pointwise(&convs[index]);
+        plain && convs.get(index + 1).is_some_and(|next| next.geometry.depthwise)
     }
 
     /// Batch statistics.
@@ -300,10 +330,7 @@ fn evaluate_layer(
     act: Activation,
     residual: Option<&[f32]>,
 ) -> candle_core::Result<Vec<f32>> {
-    let norm = &params.norm;
-    let to_f64 = |values: Vec<f32>| values.into_iter().map(f64::from).collect::<Vec<_>>();
-    let (mean, variance) = (to_f64(values(norm.running_mean.var())?), to_f64(values(norm.running_var.var())?));
-    let affine = Affine::new(&mean, &variance, &values(norm.weight.var())?, &values(norm.bias.var())?, norm.eps);
+    let affine = running_affine(&params.norm)?;
     let mut out = buffer(conv.batch * conv.output_length());
     with_values(params.conv.weight.var(), |weight| {
         let finish = Finish::Apply { affine: &affine, act, residual };
@@ -311,6 +338,46 @@ fn evaluate_layer(
         Ok(())
     })?;
     Ok(out)
+}
+
+/// A layer that widens the pixels of a depthwise convolution.
+#[derive(Debug, Clone, Copy)]
+struct Expanded<'a> {
+    values: &'a [f32],
+    inputs: usize,
+    layer: &'a Layer,
+}
+
+/// Output of a depthwise layer over pixels that another layer makes on the way, both with running statistics; and the sums of its rows,
+/// `(B, H', C)`, unless the room for them is empty.
+fn evaluate_expanded(
+    conv: &Conv,
+    layer: &Layer,
+    source: Expanded<'_>,
+    residual: Option<&[f32]>,
+    row_sums: &mut [f32],
+) -> candle_core::Result<Vec<f32>> {
+    let Expanded { values, inputs, layer: expand } = source;
+    let channels = conv.geometry.in_channels;
+    let packed =
+        with_values(expand.params.conv.weight.var(), |weight| Ok(Packed::new(weight, inputs, channels, channels, 1)))?;
+    let (expand_affine, affine) = (running_affine(&expand.params.norm)?, running_affine(&layer.params.norm)?);
+    let expansion = Expansion { values, inputs, weight: &packed, affine: &expand_affine, act: expand.act };
+    let finish = Finish::Apply { affine: &affine, act: layer.act, residual };
+    let mut out = buffer(conv.batch * conv.output_length());
+    let row_sums = Some(row_sums).filter(|sums| !sums.is_empty());
+    with_values(layer.params.conv.weight.var(), |weight| {
+        depthwise::forward_from(conv, &Pixels::Expand(expansion), weight, &mut out, finish, row_sums);
+        Ok(())
+    })?;
+    Ok(out)
+}
+
+/// What batch norm does with its running statistics.
+fn running_affine(norm: &BatchNorm) -> candle_core::Result<Affine> {
+    let to_f64 = |values: Vec<f32>| values.into_iter().map(f64::from).collect::<Vec<_>>();
+    let (mean, variance) = (to_f64(values(norm.running_mean.var())?), to_f64(values(norm.running_var.var())?));
+    Ok(Affine::new(&mean, &variance, &values(norm.weight.var())?, &values(norm.bias.var())?, norm.eps))
 }
 
 /// Raw output of a layer and the statistics of its groups, which also move the running ones.

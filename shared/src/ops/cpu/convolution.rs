@@ -24,6 +24,11 @@ fn kind(conv: &Conv) -> Kind {
     }
 }
 
+/// Whether a convolution is a matrix product over all pixels.
+pub(super) fn is_pointwise(conv: &Conv) -> bool {
+    matches!(kind(conv), Kind::Pointwise)
+}
+
 /// `out = conv(source)` finished as `finish` says; returns the groups' statistics when they are gathered.
 pub(super) fn forward(
     conv: &Conv,

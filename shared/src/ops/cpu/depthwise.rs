@@ -13,14 +13,20 @@ use super::flow::{
     Conv, Finish, Finisher, GateSums, Incoming, Outgoing, Retreat, Source, Wanted, backward_sums, buffer, pieces,
     split, statistics, sum_in_order,
 };
-use super::norm::Statistics;
+use super::gemm::{Packed, Run};
+use super::norm::{Affine, Statistics};
 use super::simd::{Simd, dispatch};
-use super::tiles;
+use super::tiles::{self, Extras};
+use crate::ops::Activation;
 
 /// Pieces that a forward pass has at least, if the images are high enough.
 const LEAST_PIECES: usize = 16;
 /// Rows of a piece at least.
 const LEAST_ROWS: usize = 4;
+/// Numbers of an image that is made as a whole by a convolution before: about half of a core's second cache.
+const WHOLE_IMAGE_FLOATS: usize = 128 * 1024;
+/// Pixels of a larger image that are made at once, at least.
+const EXPANDED_PIXELS: usize = 96;
 
 /// Where a tap reads, for the first output, and its weights.
 #[derive(Debug, Clone, Copy)]
@@ -365,6 +371,64 @@ impl Sizes {
     }
 }
 
+/// Where a convolution gets its rows of pixels from.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Pixels<'a> {
+    /// They are there.
+    Read(Source<'a>),
+    /// A 1x1 convolution makes them when they are needed, so that the wide tensor between the two never exists.
+    Expand(Expansion<'a>),
+}
+
+/// A 1x1 convolution with batch norm and activation.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Expansion<'a> {
+    pub(super) values: &'a [f32],
+    pub(super) inputs: usize,
+    pub(super) weight: &'a Packed,
+    pub(super) affine: &'a Affine,
+    pub(super) act: Activation,
+}
+
+impl Pixels<'_> {
+    /// Rows made at once: enough to repay reading the weights.
+    fn rows_at_once(&self, sizes: &Sizes) -> usize {
+        match self {
+            Self::Read(_) => 1,
+            Self::Expand(_) if sizes.height * sizes.width * sizes.channels <= WHOLE_IMAGE_FLOATS => sizes.height,
+            Self::Expand(_) => EXPANDED_PIXELS.div_ceil(sizes.width),
+        }
+    }
+
+    /// Writes rows of an image.
+    fn fill(&self, conv: &Conv, image: usize, rows: std::ops::Range<usize>, ring: &mut Ring) {
+        let row_length = conv.width * conv.geometry.in_channels;
+        match self {
+            Self::Read(source) => {
+                for row in rows {
+                    let start = image * conv.input_length() + row * row_length;
+                    source.read(conv, image, start, ring.pixels_mut(row, row_length));
+                }
+            }
+            Self::Expand(expansion) => {
+                let Expansion { values, inputs, weight, affine, act } = *expansion;
+                for panel in weight.panels(0) {
+                    for row in rows.clone() {
+                        let start = (image * conv.height + row) * conv.width * inputs;
+                        let run =
+                            Run { values: &values[start..start + conv.width * inputs], length: inputs, factor_row: 0 };
+                        let out = ring.pixels_mut(row, row_length);
+                        panel.multiply(conv.width, &[run], inputs, out, conv.geometry.in_channels, false);
+                    }
+                }
+                for row in rows {
+                    tiles::apply_in_place(ring.pixels_mut(row, row_length), affine, act, Extras::default());
+                }
+            }
+        }
+    }
+}
+
 /// `out = conv(source)` finished as `finish` says; returns the groups' statistics when they are gathered.
 pub(super) fn forward(
     conv: &Conv,
@@ -373,31 +437,50 @@ pub(super) fn forward(
     out: &mut [f32],
     finish: Finish<'_>,
 ) -> Vec<Statistics> {
+    forward_from(conv, &Pixels::Read(*source), weight, out, finish, None)
+}
+
+/// As [`forward`], for pixels from anywhere; also sums the finished pixels of each row into `row_sums`, `(B, H', C)`, if that is given.
+pub(super) fn forward_from(
+    conv: &Conv,
+    pixels: &Pixels<'_>,
+    weight: &[f32],
+    out: &mut [f32],
+    finish: Finish<'_>,
+    row_sums: Option<&mut [f32]>,
+) -> Vec<Statistics> {
     let sizes = Sizes::new(conv);
     let Sizes { channels, stride, kernel, output_height, output_width, .. } = sizes;
-    let (input_row, output_row) = (sizes.width * channels, output_width * channels);
+    let output_row = output_width * channels;
     let bands = LEAST_PIECES.div_ceil(conv.batch).min(output_height.div_ceil(LEAST_ROWS));
     let pieces = pieces(conv.batch, output_height, 1, output_height.div_ceil(bands), conv.batch * bands);
     let parts = split(out, &pieces, output_row);
+    let (row_sums, sums_width) = row_sums.map_or((Default::default(), 0), |sums| (sums, channels));
+    let sums = split(row_sums, &pieces, sums_width);
+    let at_once = pixels.rows_at_once(&sizes);
+    let unchanged = Affine::identity(channels);
     let gathered = pieces
         .par_iter()
         .zip(parts)
+        .zip(sums)
         .map_init(
-            || sizes.input_ring(kernel),
-            |ring, (piece, out)| {
+            || sizes.input_ring((kernel + at_once - 1).min(sizes.height)),
+            |ring, ((piece, out), sums)| {
                 let image = piece.group;
+                let first = piece.start - image * output_height;
+                let end = (first..first + piece.rows).rev().find_map(|row| sizes.rows_under(row).last());
+                let end = end.map_or(0, |(_, row)| row + 1);
                 let mut finisher = Finisher::new(finish, channels);
-                let mut filled = None;
+                let mut filled = 0;
                 for (index, out) in out.chunks_exact_mut(output_row).enumerate() {
-                    let row = piece.start - image * output_height + index;
-                    let mut taps = [Tap { pixels: &[], weight: &[] }; MAX_TAPS];
+                    let row = first + index;
                     for (_, under) in sizes.rows_under(row) {
-                        if filled.is_none_or(|filled| filled < under) {
-                            let start = image * conv.input_length() + under * input_row;
-                            source.read(conv, image, start, ring.pixels_mut(under, input_row));
-                            filled = Some(under);
+                        if filled <= under {
+                            filled = (under + at_once).min(end);
+                            pixels.fill(conv, image, under..filled, ring);
                         }
                     }
+                    let mut taps = [Tap { pixels: &[], weight: &[] }; MAX_TAPS];
                     let mut count = 0;
                     for (ky, under) in sizes.rows_under(row) {
                         for kx in 0..kernel {
@@ -408,6 +491,11 @@ pub(super) fn forward(
                     }
                     sum_taps(&taps[..count], stride * channels, out, channels, output_width, channels);
                     finisher.tile((piece.start + index) * output_row, out);
+                    if sums_width > 0 {
+                        let sums = &mut sums[index * channels..(index + 1) * channels];
+                        sums.fill(0.0);
+                        tiles::pool(out, &unchanged, Activation::Identity, sums);
+                    }
                 }
                 (conv.group_of(image), finisher.into_moments())
             },

@@ -9,17 +9,17 @@
 use std::arch::x86_64::{
     __m256, __m512, _CMP_EQ_OQ, _CMP_GT_OQ, _CMP_NEQ_UQ, _CMP_UNORD_Q, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT,
     _MM_HINT_T0, _mm_prefetch, _mm256_add_epi32, _mm256_add_ps, _mm256_and_ps, _mm256_blendv_ps, _mm256_castsi256_ps,
-    _mm256_cmp_ps, _mm256_cvtps_epi32, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_maskload_ps,
-    _mm256_maskstore_ps, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps, _mm256_rcp_ps, _mm256_round_ps,
+    _mm256_cmp_ps, _mm256_cvtps_epi32, _mm256_div_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
+    _mm256_maskload_ps, _mm256_maskstore_ps, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps, _mm256_round_ps,
     _mm256_set1_epi32, _mm256_set1_ps, _mm256_slli_epi32, _mm256_storeu_ps, _mm256_sub_ps, _mm512_add_ps,
-    _mm512_cmp_ps_mask, _mm512_fmadd_ps, _mm512_fnmadd_ps, _mm512_loadu_ps, _mm512_mask_mov_ps, _mm512_mask_storeu_ps,
-    _mm512_maskz_loadu_ps, _mm512_maskz_mov_ps, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_rcp14_ps,
+    _mm512_cmp_ps_mask, _mm512_div_ps, _mm512_fmadd_ps, _mm512_fnmadd_ps, _mm512_loadu_ps, _mm512_mask_mov_ps,
+    _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_maskz_mov_ps, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps,
     _mm512_roundscale_ps, _mm512_scalef_ps, _mm512_set1_ps, _mm512_storeu_ps, _mm512_sub_ps,
 };
 
 /// Coefficients of `2^f` for `f` in `[-0.5, 0.5]`, lowest first; relative error at most 7.5e-8.
 const EXP2: [f32; 6] = [1.000_000_1, 0.693_146_94, 0.240_221_2, 0.055_507_13, 0.009_675_541, 0.001_327_647_1];
-/// Beyond it `2^x` counts as 0 or infinity to every `1 + 2^x`.
+/// Beyond it `2^x` counts as 0 or infinity beside 1.
 pub(super) const EXP2_LIMIT: f32 = 80.0;
 
 /// A vector of f32.
@@ -67,10 +67,10 @@ pub(super) unsafe trait Simd: Copy {
     unsafe fn where_unequal(self, a: Self, b: Self) -> Self;
     /// The larger; NaN when one is NaN.
     unsafe fn max_or_nan(self, other: Self) -> Self;
-    /// `2^self` for numbers within ±[`EXP2_LIMIT`].
+    /// `self / other`, correctly rounded: approximate reciprocals differ between makers of processors.
+    unsafe fn div(self, other: Self) -> Self;
+    /// `2^self` for finite numbers. Beyond ±[`EXP2_LIMIT`] it is some number so large or small that 1 counts for nothing beside it.
     unsafe fn exp2(self) -> Self;
-    /// `1 / self` to about 12 bits at least.
-    unsafe fn approximate_reciprocal(self) -> Self;
 
     /// The polynomial of [`EXP2`].
     #[inline(always)]
@@ -85,17 +85,11 @@ pub(super) unsafe trait Simd: Copy {
         }
     }
 
-    /// `1 / (1 + exp(-self))`; NaN stays NaN.
+    /// `1 + exp(-self)` for finite numbers; NaN stays NaN.
     #[inline(always)]
-    unsafe fn sigmoid(self) -> Self {
+    unsafe fn one_plus_exp_of_negative(self) -> Self {
         // SAFETY: the caller's contract is that of each call.
-        unsafe {
-            let power = self.mul(Self::splat(-std::f32::consts::LOG2_E));
-            let power = Self::splat(EXP2_LIMIT).min(Self::splat(-EXP2_LIMIT).max(power));
-            let sum = power.exp2().add(Self::splat(1.0));
-            let guess = sum.approximate_reciprocal();
-            guess.mul(sum.neg_mul_add(guess, Self::splat(2.0)))
-        }
+        unsafe { self.mul(Self::splat(-std::f32::consts::LOG2_E)).exp2().add(Self::splat(1.0)) }
     }
 }
 
@@ -207,9 +201,9 @@ unsafe impl Simd for __m512 {
         }
     }
     #[inline(always)]
-    unsafe fn approximate_reciprocal(self) -> Self {
+    unsafe fn div(self, other: Self) -> Self {
         // SAFETY: the caller's contract.
-        unsafe { _mm512_rcp14_ps(self) }
+        unsafe { _mm512_div_ps(self, other) }
     }
 }
 
@@ -324,15 +318,17 @@ unsafe impl Simd for __m256 {
     unsafe fn exp2(self) -> Self {
         // SAFETY: the caller's contract.
         unsafe {
-            let whole = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self);
+            // The limit comes first: of a NaN and a number the second is the result.
+            let power = Self::splat(EXP2_LIMIT).min(Self::splat(-EXP2_LIMIT).max(self));
+            let whole = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(power);
             let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
-            self.sub(whole).exp2_fraction().mul(_mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent)))
+            power.sub(whole).exp2_fraction().mul(_mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent)))
         }
     }
     #[inline(always)]
-    unsafe fn approximate_reciprocal(self) -> Self {
+    unsafe fn div(self, other: Self) -> Self {
         // SAFETY: the caller's contract.
-        unsafe { _mm256_rcp_ps(self) }
+        unsafe { _mm256_div_ps(self, other) }
     }
 }
 
@@ -466,7 +462,9 @@ unsafe impl Simd for Portable {
         const ROUNDER: f32 = 12_582_912.0;
         let mut scales = [0.0; 4];
         let mut fractions = [0.0; 4];
-        for (lane, x) in self.0.into_iter().enumerate() {
+        // SAFETY: plain code.
+        let power = unsafe { Self::splat(EXP2_LIMIT).min(Self::splat(-EXP2_LIMIT).max(self)) };
+        for (lane, x) in power.0.into_iter().enumerate() {
             let whole = (x + ROUNDER) - ROUNDER;
             fractions[lane] = x - whole;
             scales[lane] = f32::from_bits((((whole as i32) + 127) << 23) as u32);
@@ -475,8 +473,8 @@ unsafe impl Simd for Portable {
         unsafe { Self(fractions).exp2_fraction().mul(Self(scales)) }
     }
     #[inline(always)]
-    unsafe fn approximate_reciprocal(self) -> Self {
-        Self(self.0.map(|x| 1.0 / x))
+    unsafe fn div(self, other: Self) -> Self {
+        self.zip(other, |a, b| a / b)
     }
 }
 

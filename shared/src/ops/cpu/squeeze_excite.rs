@@ -116,6 +116,20 @@ pub(super) fn means(conv: &Conv, raw: &[f32], before: &Before<'_>) -> Vec<f32> {
     means
 }
 
+/// Means over the pixels of each image, `(B, C)`, from sums over its rows, `(B, H, C)`.
+pub(super) fn means_of_rows(conv: &Conv, row_sums: &[f32]) -> Vec<f32> {
+    let channels = conv.geometry.out_channels;
+    let mut means = Vec::with_capacity(conv.batch * channels);
+    for rows in row_sums.chunks_exact(conv.output_height() * channels) {
+        let mut sums = vec![0.0f64; channels];
+        for row in rows.chunks_exact(channels) {
+            sums.iter_mut().zip(row).for_each(|(sum, &row)| *sum += f64::from(row));
+        }
+        means.extend(sums.into_iter().map(|sum| (sum / conv.output_pixels() as f64) as f32));
+    }
+    means
+}
+
 /// The factors of each channel of each image, and what the backward pass needs.
 pub(super) fn forward(params: &SqueezeExcite, means: Vec<f32>, channels: usize) -> candle_core::Result<SavedGate> {
     let (reduce, expand) = (values(params.reduce.weight.var())?, values(params.expand.weight.var())?);
