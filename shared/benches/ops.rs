@@ -76,8 +76,11 @@ fn contrast(criterion: &mut Criterion) -> Result<()> {
     Ok(())
 }
 
+#[global_allocator]
+static ALLOCATOR: ops::TensorAllocator = ops::TensorAllocator;
+
 fn all(criterion: &mut Criterion) {
-    ops::tune_allocator();
+    ops::reserve_memory();
     for group in [layers, networks, contrast] {
         group(criterion).expect(FITS);
     }

@@ -55,8 +55,11 @@ struct Row {
     parameters: usize,
 }
 
+#[global_allocator]
+static ALLOCATOR: ops::TensorAllocator = ops::TensorAllocator;
+
 fn main() -> ExitCode {
-    ops::tune_allocator();
+    ops::reserve_memory();
     let args = Args::parse();
     run_main(|| with_threads(Some(args.threads), || serve(&args)))
 }

@@ -3,7 +3,7 @@
     RAYON_NUM_THREADS=2 cargo bench -p shared --bench ops
     python tests/timing/layers.py --threads 2                  # PyTorch as installed
     MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_TOP_PAD_=67108864 \\
-        python tests/timing/layers.py --threads 2              # with the allocator settings of `ops::tune_allocator`
+        python tests/timing/layers.py --threads 2              # with an allocator that keeps freed memory
 
 Prints the median and the minimum in milliseconds. `--cpu-time` counts processor time instead, which other programs on the machine
 disturb less; use it with one thread. Whole networks: `tests/peers/run.sh`.

@@ -27,7 +27,7 @@ mod parameter;
 pub mod reference;
 mod store;
 
-pub use allocator::tune_allocator;
+pub use allocator::{TensorAllocator, reserve_memory};
 pub use blocks::{
     basic_block, bottleneck, conv_bn, ema_in_place, global_average_pool, info_nce, l2_normalise, linear, max_pool,
     mb_conv, projection_head, sgd_in_place, stem,
