@@ -147,18 +147,15 @@ impl Chain {
             let channels = conv.geometry.out_channels;
             let pooled = if layer.squeeze_excite.is_some() { conv.batch * conv.output_height() * channels } else { 0 };
             let mut row_sums = buffer(pooled);
-            let out = match expand {
-                Some(expand) => {
-                    let source = Expanded { values, inputs, layer: expand };
-                    evaluate_expanded(conv, layer, source, residual, &mut row_sums)?
-                }
-                None => {
-                    let unchanged = [Affine::identity(inputs)];
-                    let act = Activation::Identity;
-                    let gated = Before { affines: &unchanged, means: &[], act, gate: factors.as_deref() };
-                    let source = Source { values, before: factors.is_some().then_some(gated) };
-                    evaluate_layer(conv, &layer.params, source, layer.act, residual)?
-                }
+            let out = if let Some(expand) = expand {
+                let source = Expanded { values, inputs, layer: expand };
+                evaluate_expanded(conv, layer, source, residual, &mut row_sums)?
+            } else {
+                let unchanged = [Affine::identity(inputs)];
+                let act = Activation::Identity;
+                let gated = Before { affines: &unchanged, means: &[], act, gate: factors.as_deref() };
+                let source = Source { values, before: factors.is_some().then_some(gated) };
+                evaluate_layer(conv, &layer.params, source, layer.act, residual)?
             };
             factors = match &layer.squeeze_excite {
                 Some(params) => {

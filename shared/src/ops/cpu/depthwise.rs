@@ -5,7 +5,6 @@
 //! weights. Weights are `[k * k][C]`.
 #![expect(unsafe_code, reason = "vector kernels over raw pointers; every safe function checks the sizes")]
 #![expect(clippy::multiple_unsafe_ops_per_block, clippy::inline_always, reason = "kernels are one unsafe computation")]
-#![expect(clippy::too_many_arguments, reason = "a kernel takes pointers and strides one by one")]
 
 use rayon::prelude::*;
 
@@ -535,7 +534,7 @@ pub(super) fn backward(
             |scratch, (image, gradient)| {
                 let mut dweight = vec![0.0; kernel * kernel * channels];
                 let mut retreat = Retreat::new(channels);
-                let work = Image { conv, sizes, source, weight, incoming, wanted, image };
+                let work = Image { conv, sizes, source, weight, incoming, wanted, index: image };
                 work.backward(scratch, gradient, &mut dweight, &mut retreat);
                 (conv.group_of(image), retreat, dweight)
             },
@@ -563,7 +562,7 @@ struct Image<'a> {
     weight: &'a [f32],
     incoming: &'a Incoming<'a>,
     wanted: Wanted<'a>,
-    image: usize,
+    index: usize,
 }
 
 impl Image<'_> {
@@ -571,29 +570,29 @@ impl Image<'_> {
         let Sizes { kernel, stride, channels, width, output_width, .. } = self.sizes;
         let Scratch { gradients, inputs } = scratch;
         let (input_row, output_row) = (width * channels, output_width * channels);
-        let group = self.conv.group_of(self.image);
+        let group = self.conv.group_of(self.index);
         let before = gradients.before;
         let mut filled = None;
         for y in 0..self.sizes.height {
             for (_, over) in self.sizes.rows_over(y) {
                 let first = filled.map_or(0, |filled| filled + 1);
                 for over in first..=over {
-                    let start = self.image * self.conv.output_length() + over * output_row;
+                    let start = self.index * self.conv.output_length() + over * output_row;
                     self.incoming.read(group, start, gradients.pixels_mut(over, output_row));
                 }
                 filled = filled.max(Some(over));
             }
-            let start = self.image * self.conv.input_length() + y * input_row;
+            let start = self.index * self.conv.input_length() + y * input_row;
             let pixels = inputs.pixels_mut(0, input_row);
             match (self.wanted, &self.source.before) {
-                (Wanted::Nothing, _) => self.source.read(self.conv, self.image, start, pixels),
+                (Wanted::Nothing, _) => self.source.read(self.conv, self.index, start, pixels),
                 (Wanted::Gradient { plus }, before) => {
                     let target = &mut gradient[y * input_row..][..input_row];
                     self.gradient_row(y, gradients, target);
                     if let Some(before) = before {
                         retreat.tile(self.source, before, group, start, target, Some(pixels));
                     } else {
-                        self.source.read(self.conv, self.image, start, pixels);
+                        self.source.read(self.conv, self.index, start, pixels);
                         if let Some(plus) = plus {
                             tiles::add(target, &plus[start..start + input_row]);
                         }

@@ -211,7 +211,9 @@ mod tests {
     fn scaled(xs: &Tensor, factor: f32) -> candle_core::Result<Tensor> {
         let out = with_values(xs, |xs| Ok(xs.iter().map(|x| x * factor).collect::<Vec<_>>()))?;
         record("scaled", out, xs.shape(), &[xs], move |mut dout| {
-            dout.iter_mut().for_each(|d| *d *= factor);
+            for d in &mut dout {
+                *d *= factor;
+            }
             Ok(vec![Some(dout)])
         })
     }

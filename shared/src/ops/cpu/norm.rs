@@ -119,12 +119,12 @@ impl Moments {
     }
 }
 
-/// The batch norm of one group as its backward pass needs it: `draw = dz * scale + (raw - mean) * slope + offset`.
+/// The batch norm of one group as its backward pass needs it: `draw = dz * scale + (raw - mean) * bend + offset`.
 #[derive(Debug, Clone)]
 pub(super) struct Slope {
     pub(super) mean: Vec<f32>,
     pub(super) scale: Vec<f32>,
-    pub(super) slope: Vec<f32>,
+    pub(super) bend: Vec<f32>,
     pub(super) offset: Vec<f32>,
 }
 
@@ -199,7 +199,7 @@ impl Statistics {
         let mut slope = Slope {
             mean: self.mean_f32(),
             scale: vec![0.0; channels],
-            slope: vec![0.0; channels],
+            bend: vec![0.0; channels],
             offset: vec![0.0; channels],
         };
         for c in 0..channels {
@@ -212,7 +212,7 @@ impl Statistics {
             dbias[c] += sums.sums[c];
             slope.scale[c] = scale as f32;
             let bend = -scale * inverse * along / count;
-            slope.slope[c] = bend as f32;
+            slope.bend[c] = bend as f32;
             slope.offset[c] = (bend * rounding - scale * sums.sums[c] / count) as f32;
         }
         slope

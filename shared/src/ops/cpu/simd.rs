@@ -3,7 +3,11 @@
 //! A kernel is an `#[inline(always)]` function, generic over [`Simd`]. [`dispatch!`] wraps it into one function for each instruction
 //! set, compiled with that set's instructions, and calls the one in use. The choice is made once for a tile of work, not for a vector.
 #![expect(unsafe_code, reason = "vector instructions and raw pointers into tiles")]
-#![expect(clippy::multiple_unsafe_ops_per_block, reason = "each function is one intrinsic or a formula of them")]
+#![expect(
+    clippy::multiple_unsafe_ops_per_block,
+    clippy::inline_always,
+    reason = "each function is one intrinsic or a formula of them, and must be compiled with its caller's instructions"
+)]
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{
@@ -482,7 +486,6 @@ unsafe impl Simd for Portable {
 macro_rules! dispatch {
     ($(#[$attribute:meta])* $name:ident = $kernel:ident($($argument:ident: $type:ty),* $(,)?)) => {
         $(#[$attribute])*
-        #[expect(clippy::too_many_arguments, clippy::allow_attributes, reason = "kernels take pointers and strides one by one")]
         unsafe fn $name($($argument: $type),*) {
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,bmi2")]

@@ -8,6 +8,9 @@ use super::tiles;
 use super::{deposit, values};
 use crate::ops::{Activation, Gate, SqueezeExcite};
 
+/// Rows summed in f32 one after the other.
+const SHORT_ROWS: usize = 256;
+
 /// What the backward pass needs.
 #[derive(Debug)]
 pub(super) struct SavedGate {
@@ -97,8 +100,6 @@ fn column_sums(xs: &[f32], columns: usize) -> Vec<f32> {
 pub(super) fn means(conv: &Conv, raw: &[f32], before: &Before<'_>) -> Vec<f32> {
     let channels = conv.geometry.out_channels;
     let pixels = conv.output_pixels();
-    /// Rows summed in f32 one after the other.
-    const SHORT_ROWS: usize = 256;
     let mut means = vec![0.0; conv.batch * channels];
     means.par_chunks_mut(channels).zip(raw.par_chunks(pixels * channels)).enumerate().for_each(
         |(image, (means, raw))| {

@@ -482,10 +482,10 @@ pub(super) fn raw_gradient(dz: &[f32], raw: &[f32], slope: &Slope, out: &mut [f3
     let channels = slope.mean.len();
     assert!(dz.len() == out.len() && raw.len() == out.len(), "tiles of different sizes");
     assert!(out.len().is_multiple_of(channels) && slope.scale.len() == channels, "rows are incomplete");
-    assert!(slope.slope.len() == channels && slope.offset.len() == channels, "one number for each channel");
+    assert!(slope.bend.len() == channels && slope.offset.len() == channels, "one number for each channel");
     let rows = out.len() / channels;
     let (mean, scale) = (slope.mean.as_ptr(), slope.scale.as_ptr());
-    let (bend, offset) = (slope.slope.as_ptr(), slope.offset.as_ptr());
+    let (bend, offset) = (slope.bend.as_ptr(), slope.offset.as_ptr());
     // SAFETY: all slices were checked.
     unsafe {
         raw_gradient_raw(dz.as_ptr(), raw.as_ptr(), out.as_mut_ptr(), rows, channels, mean, scale, bend, offset);
@@ -758,7 +758,7 @@ pub(super) fn gated_raw_gradient(of: &Gated<'_>, gradient: &[f32], raw: &[f32], 
         out: out.as_mut_ptr(),
         affine: [of.affine.scale.as_ptr(), of.affine.shift.as_ptr()],
         gate: [of.factors.as_ptr(), of.through_mean.as_ptr()],
-        slope: [slope.mean.as_ptr(), slope.scale.as_ptr(), slope.slope.as_ptr(), slope.offset.as_ptr()],
+        slope: [slope.mean.as_ptr(), slope.scale.as_ptr(), slope.bend.as_ptr(), slope.offset.as_ptr()],
     };
     // SAFETY: all slices were checked; a slope's rows are equally long.
     unsafe { gated_raw_gradient_raw(out.len() / channels, channels, of.act, &pointers) };
