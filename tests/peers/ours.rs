@@ -1,7 +1,7 @@
 //! This project's side of `tests/peers/run.sh`: sets one row up, then makes a timed step for every line `step` on standard input.
 //!
-//! The first line of output is a JSON object: the number of trainable parameters, the shape of the result, the memory that the
-//! process held before the model was made; or why the row is not available. Every later line answers a `step` with its
+//! The first line of output is a JSON object: the number of trainable parameters, the shape of the result, the threads and the
+//! instruction set that compute, the memory that the process held before the model was made; or why the row is not available. Every later line answers a `step` with its
 //! milliseconds. `quit` or the end of the input ends it. `torch_worker.py` is the twin.
 
 use std::io::BufRead as _;
@@ -12,7 +12,7 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor};
 use clap::Parser;
 use serde_json::json;
-use shared::cli::{print, run_main, with_threads};
+use shared::cli::{ComputeArgs, print, run_main, with_threads};
 use shared::models::{Arch, Encoder};
 use shared::ops::{self, Mode};
 use shared::run::Objective;
@@ -44,6 +44,9 @@ struct Args {
     /// Sides of an image
     #[arg(long, default_value_t = 224, value_parser = clap::value_parser!(u32).range(1..=4096))]
     size: u32,
+    /// How to compute.
+    #[command(flatten)]
+    compute: ComputeArgs,
 }
 
 /// Something to time: returns the shape of its result.
@@ -58,7 +61,10 @@ struct Row {
 fn main() -> ExitCode {
     ops::tune_allocator();
     let args = Args::parse();
-    run_main(|| with_threads(Some(args.threads), || serve(&args)))
+    run_main(|| {
+        args.compute.apply()?;
+        with_threads(Some(args.threads), || serve(&args))
+    })
 }
 
 fn serve(args: &Args) -> Result<()> {
@@ -79,7 +85,11 @@ fn serve(args: &Args) -> Result<()> {
         _ => eval_row(arch, args)?,
     };
     let output = step()?;
-    print(&json!({ "parameters": parameters, "output": output, "idle_mib": idle_mib }).to_string())?;
+    let about = json!({
+        "parameters": parameters, "output": output, "threads": rayon::current_num_threads(), "isa": ops::isa(),
+        "idle_mib": idle_mib,
+    });
+    print(&about.to_string())?;
     for line in std::io::stdin().lock().lines() {
         match line.map_err(Error::io("read", "standard input"))?.trim() {
             "step" => {
