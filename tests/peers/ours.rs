@@ -165,7 +165,8 @@ fn disco_row(arch: Arch, args: &Args) -> Result<Row> {
 fn images(args: &Args, first: usize) -> Result<Tensor> {
     let (batch, side) = (args.batch as usize, args.size as usize);
     let count = batch * side * side * 3;
-    let place = |place: usize| u32::try_from(place).map_err(|_| Error::usage("`--batch` and `--size` are too large"));
+    let place =
+        |place: usize| u32::try_from(place).ok().ok_or_else(|| Error::usage("`--batch` and `--size` are too large"));
     let (start, end) = (place(first)?, place(first + count)?);
     Ok(Tensor::arange(start, end, &Device::Cpu)?.to_dtype(DType::F32)?.sin()?.reshape((batch, side, side, 3))?)
 }
