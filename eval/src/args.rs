@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::builder::RangedU64ValueParser;
 use clap::{Args as ClapArgs, Parser, Subcommand};
-use shared::cli::CommonArgs;
+use shared::cli::{CommonArgs, ComputeArgs};
 use shared::models::Arch;
 
 use crate::knn::ViewChoice;
@@ -30,8 +30,9 @@ pub enum Command {
     /// Extract the features of a shard set and cache them
     ///
     /// Every stored view of every sample goes through the backbone in evaluation mode. The result does not depend on the
-    /// number of threads. An interrupted extraction resumes; a finished one is not repeated. `knn` and
-    /// `linear` extract what they need by themselves.
+    /// number of threads. An interrupted extraction resumes; a finished one is not repeated, not for another `--isa` either, unless
+    /// `--overwrite` is given. `knn` and `linear` extract what they need by themselves; there `--isa` is that of the extraction, and
+    /// the classifiers always use the best instructions of the machine.
     Features(FeaturesArgs),
     /// Classify by the nearest neighbours of frozen features
     ///
@@ -87,6 +88,10 @@ pub struct FeaturesArgs {
     /// Common options.
     #[command(flatten)]
     pub common: CommonArgs,
+
+    /// How to compute.
+    #[command(flatten)]
+    pub compute: ComputeArgs,
 }
 
 /// `student-eval knn`.
@@ -120,6 +125,10 @@ pub struct KnnArgs {
     /// Common options.
     #[command(flatten)]
     pub common: CommonArgs,
+
+    /// How to compute.
+    #[command(flatten)]
+    pub compute: ComputeArgs,
 }
 
 /// `student-eval linear`.
@@ -168,6 +177,10 @@ pub struct LinearArgs {
     /// Common options.
     #[command(flatten)]
     pub common: CommonArgs,
+
+    /// How to compute.
+    #[command(flatten)]
+    pub compute: ComputeArgs,
 }
 
 impl LinearArgs {

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
-use common::{Shards, contents, failure, success, write_run};
+use common::{Shards, contents, failure, student_eval, success, write_run};
 use eval::features::{Extractor, FeatureSet, extract};
 use shared::io::write_atomic;
 use shared::manifest::{Input, Manifest, Stage};
@@ -125,6 +125,19 @@ fn features_of_a_network_do_not_depend_on_threads() {
         if name != "manifest.json" {
             assert!(bytes == &sets[1][name], "{name}");
         }
+    }
+}
+
+#[test]
+fn the_instruction_set_is_said_and_not_guessed() {
+    let root = tempfile::tempdir().unwrap();
+    TRAIN.write(root.path());
+    write_run(&root.path().join("run"), 0, false, 0.03);
+    let output = student_eval(root.path(), &["features", "--shards", "train", "run", "--isa=portable", "--threads=1"]);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success() && stderr.starts_with("CPU: portable, 1 thread\n"), "{stderr}");
+    for command in ["features", "knn", "linear"] {
+        assert!(failure(root.path(), &[command, "run", "--isa=sse9"], 2).contains("sse9"), "{command}");
     }
 }
 

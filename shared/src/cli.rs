@@ -8,6 +8,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Fault, Result};
+use crate::ops::{Isa, force_isa, isa};
 use crate::progress::note;
 
 /// Flags that every command which writes an output directory takes.
@@ -29,6 +30,34 @@ pub struct CommonArgs {
     /// Start again, deleting what an earlier run of this stage left in the output directory
     #[arg(long)]
     pub overwrite: bool,
+}
+
+/// Flags that every command which computes networks takes.
+#[derive(Debug, Clone, Copy, Default, clap::Args)]
+#[command(next_help_heading = "Common options")]
+pub struct ComputeArgs {
+    /// Instruction set to compute networks with [default: the best one that the machine has]
+    ///
+    /// Results are the same, bit for bit, whatever the number of threads, but not between instruction sets: wider vectors sum
+    /// in another order, and the last bits round differently. Naming one reproduces what another machine computed with it.
+    #[arg(long, value_name = "SET")]
+    pub isa: Option<Isa>,
+}
+
+impl ComputeArgs {
+    /// Makes this process compute as asked; call it before any work begins.
+    ///
+    /// # Errors
+    /// As [`force_isa`].
+    pub fn apply(self) -> Result<()> {
+        self.isa.map_or(Ok(()), force_isa)
+    }
+}
+
+/// Tells a person what is about to compute: the instruction set, and the threads of the pool that this is called in.
+pub fn note_cpu() {
+    let threads = rayon::current_num_threads();
+    note(&format!("CPU: {}, {threads} thread{}", isa(), if threads == 1 { "" } else { "s" }));
 }
 
 /// Runs a stage's command and turns its result into an exit status: 0 done, 1 failed, 2 wrong usage.

@@ -4,7 +4,8 @@
 //! manifest.json           details: [`RunDetails`]
 //! config.toml             the resolved options
 //! metrics.jsonl           [`StepMetrics`] after every step, [`EpochMetrics`] after every epoch
-//! timing.jsonl            how fast it went; differs from run to run, so the manifest does not list it
+//! timing.jsonl            how fast it went and on what: `seconds`, `images_per_second`, `data_wait_percent`, `peak_memory_bytes` of the
+//!                         process so far (Linux), `isa`, `threads`; differs from run to run, so the manifest does not list it
 //! checkpoints/            see [`crate::checkpoint`]; tensors `query.*`, `key.*`, `sgd.*`, `queue`
 //! student.safetensors     the backbone of the query encoder, names of torchvision and timm
 //! ```
@@ -25,7 +26,7 @@ use crate::tensor_file::TensorFile;
 pub const STUDENT_FILE: &str = "student.safetensors";
 /// File name of the losses.
 pub const METRICS_FILE: &str = "metrics.jsonl";
-/// File name of the speeds.
+/// File name of the speeds and the memory.
 pub const TIMING_FILE: &str = "timing.jsonl";
 /// File name of the resolved options.
 pub const CONFIG_FILE: &str = "config.toml";

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
-use shared::cli::CommonArgs;
+use shared::cli::{CommonArgs, ComputeArgs};
 use shared::models::Arch;
 
 /// Trains small vision models without labels, alone or under a teacher
@@ -49,6 +49,9 @@ pub struct TrainArgs {
     /// What all stages take.
     #[command(flatten)]
     pub common: CommonArgs,
+    /// How to compute.
+    #[command(flatten)]
+    pub compute: ComputeArgs,
     /// Stop after this many steps as if killed, leaving the run unfinished (to test resuming)
     #[arg(long, value_name = "N", hide = true)]
     pub stop_after_steps: Option<u64>,
@@ -219,7 +222,7 @@ mod tests {
             .get_arguments()
             .filter_map(|arg| arg.get_long().map(String::from))
             .filter(|flag| {
-                !["config", "threads", "json", "quiet", "overwrite", "stop-after-steps", "help"]
+                !["config", "threads", "isa", "json", "quiet", "overwrite", "stop-after-steps", "help"]
                     .contains(&flag.as_str())
             })
             .collect();

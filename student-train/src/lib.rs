@@ -90,6 +90,7 @@ pub fn run_and_print(args: &Args) -> Result<()> {
 fn train(objective: Objective, args: &TrainArgs) -> Result<Trained> {
     let options = with_config_file(args.config.as_deref(), &args.options)?;
     let plan = Plan::new(objective, &options, args)?;
+    args.compute.apply()?;
     let outcome = with_threads(args.common.threads, || trainer::train(objective, &options, &plan))?;
     Trained::new(plan.output, &outcome)
 }

@@ -1,4 +1,4 @@
-//! What a training reports: losses to `metrics.jsonl`, speeds to `timing.jsonl`, both to the screen.
+//! What a training reports: losses to `metrics.jsonl`, speeds and memory to `timing.jsonl`, both to the screen.
 
 use std::fs::File;
 use std::io::Write as _;
@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use shared::io::FileEntry;
 use shared::logging::{JsonLines, LogPosition};
+use shared::memory::peak_memory_bytes;
+use shared::ops::{Isa, isa};
 use shared::progress::Progress;
 use shared::run::{EpochEvent, EpochMetrics, Losses, METRICS_FILE, StepMetrics, TIMING_FILE};
 use shared::{Error, Result};
@@ -60,6 +62,13 @@ pub struct Timing {
     pub images_per_second: f64,
     /// Share of that time in which the training waited for batches.
     pub data_wait_percent: f64,
+    /// The most memory that this process has held at once since it began; none where the system does not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_memory_bytes: Option<u64>,
+    /// The instruction set that computed.
+    pub isa: Isa,
+    /// Threads that computed.
+    pub threads: usize,
 }
 
 /// The reports of a training in progress.
@@ -184,6 +193,9 @@ impl TrainLog {
             seconds,
             images_per_second: self.window.steps as f64 * self.batch_size as f64 / seconds,
             data_wait_percent: 100.0 * self.window.waited.as_secs_f64() / seconds,
+            peak_memory_bytes: peak_memory_bytes(),
+            isa: isa(),
+            threads: rayon::current_num_threads(),
         };
         self.window = Window::new();
         let mut line = serde_json::to_string(&timing)

@@ -18,11 +18,13 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use shared::checkpoint::{CHECKPOINT_DIRECTORY, Checkpoint, Checkpoints};
+use shared::cli::note_cpu;
 use shared::data_loader::Prefetcher;
 use shared::embedding::{EmbeddingSet, SHARDS_ROLE};
 use shared::io::{FileEntry, hash_file, write_atomic};
 use shared::logging::{JsonLines, LogPosition};
 use shared::manifest::{Identity, Manifest, Stage};
+use shared::ops::{Isa, isa};
 use shared::output::{Begun, OutputDir};
 use shared::progress::note;
 use shared::run::{CONFIG_FILE, Losses, METRICS_FILE, Objective, RunDetails, StepMetrics};
@@ -52,6 +54,8 @@ struct Progressed {
     last_epoch: Option<Losses>,
     metrics: LogPosition,
     epoch_sums: EpochSums,
+    /// The instruction set that computed the steps since the checkpoint before it.
+    isa: Isa,
 }
 
 /// How a call ended.
@@ -122,10 +126,20 @@ impl<'a> Trainer<'a> {
             |checkpoint| resume(&mut state, &checkpoint, run, &batches),
         )?;
         let step = resumed.as_ref().map_or(0, |(step, _)| *step);
+        if !plan.quiet {
+            note_cpu();
+        }
         if step > 0 {
             say(&format!("resuming after step {step}"));
         } else if let Some(advice) = queue_advice(config.queue_size, batches.shards().len()) {
             say(&advice);
+        }
+        if let Some(before) = resumed.as_ref().map(|(_, progressed)| progressed.isa).filter(|before| *before != isa()) {
+            note(&format!(
+                "note: the run was computed with {before} and goes on with {}, its bytes will be those of neither; \
+                 `--isa {before}` goes on as it began",
+                isa()
+            ));
         }
         let display = Display {
             epochs: config.epochs,
@@ -193,6 +207,7 @@ impl<'a> Trainer<'a> {
             last_epoch: self.last_epoch,
             metrics,
             epoch_sums,
+            isa: isa(),
         };
         self.checkpoints.save(self.step, progressed, &self.state.to_tensors()?)
     }

@@ -6,7 +6,10 @@ mod workspace;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use shared::logging::read_json_lines;
+use shared::ops::Isa;
 use shared::{Error, Result};
+use student_train::train_log::Timing;
 use workspace::Workspace;
 
 fn student_train(workspace: &Workspace, command: &str, run: &str, more: &[&str]) -> Command {
@@ -64,6 +67,60 @@ fn help_names_every_default() -> Result<()> {
     let mut process = Command::new(env!("CARGO_BIN_EXE_student-train"));
     process.args(["pretrain", "--help"]);
     assert!(!output(process)?.1.contains("--embeddings"));
+    Ok(())
+}
+
+#[test]
+fn instruction_set_can_be_chosen_and_is_recorded() -> Result<()> {
+    let workspace = Workspace::new()?;
+    for isa in [Isa::Portable, Isa::Avx2, Isa::Avx512] {
+        let run = isa.name();
+        let mut arguments = workspace.arguments("pretrain", run, &[&format!("--isa={isa}"), "--threads=2"]);
+        arguments.retain(|argument| argument != "--quiet");
+        let mut process = Command::new(env!("CARGO_BIN_EXE_student-train"));
+        process.args(&arguments[1..]);
+        let (status, _, stderr) = output(process)?;
+        if !Isa::available().contains(&isa) {
+            assert_eq!(status, Some(2), "{stderr}");
+            assert!(stderr.starts_with(&format!("error: this machine has no {isa} instructions")), "{stderr}");
+            assert_eq!(stderr.lines().count(), 1, "{stderr}");
+            assert!(!workspace.path(run).exists());
+            continue;
+        }
+        assert_eq!(status, Some(0), "{stderr}");
+        assert!(stderr.starts_with(&format!("CPU: {isa}, 2 threads\n")), "{stderr}");
+        let timing: Vec<Timing> = read_json_lines(workspace.path(run).join("timing.jsonl"))?;
+        assert_eq!(timing.len(), 2);
+        for line in timing {
+            assert_eq!((line.isa, line.threads), (isa, 2));
+            assert_eq!(line.peak_memory_bytes.is_some(), cfg!(target_os = "linux"));
+            // The student, its momenta and the key encoder alone are 11.2 million numbers each.
+            assert!(line.peak_memory_bytes.is_none_or(|bytes| bytes > 3 * 4 * 11_200_000), "{line:?}");
+        }
+    }
+    let (status, _, stderr) = output(student_train(&workspace, "pretrain", "run", &["--isa=sse9"]))?;
+    assert_eq!(status, Some(2), "{stderr}");
+    Ok(())
+}
+
+#[test]
+fn going_on_with_another_instruction_set_is_said() -> Result<()> {
+    let [first, .., last] = Isa::available()[..] else {
+        // A machine with portable code alone cannot change.
+        return Ok(());
+    };
+    let workspace = Workspace::new()?;
+    let train = |isa: Isa, more: &[&str]| {
+        let isa = format!("--isa={isa}");
+        output(student_train(&workspace, "pretrain", "run", &[&[isa.as_str(), "--checkpoint-steps=1"], more].concat()))
+    };
+    assert_eq!(train(first, &["--stop-after-steps=1"])?.0, Some(0));
+    let (status, _, stderr) = train(first, &["--stop-after-steps=1"])?;
+    assert_eq!((status, stderr.as_str()), (Some(0), ""));
+    let (status, _, stderr) = train(last, &[])?;
+    assert_eq!(status, Some(0), "{stderr}");
+    assert!(stderr.contains(&format!("computed with {first} and goes on with {last}")), "{stderr}");
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
     Ok(())
 }
 

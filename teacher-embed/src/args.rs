@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use serde::{Deserialize, Serialize};
-use shared::cli::CommonArgs;
+use shared::cli::{CommonArgs, ComputeArgs};
 use shared::embedding::EmbeddingDtype;
 use shared::models::Arch;
+use shared::ops::Isa;
 use shared::weights::names::Method;
 
 /// Computes a frozen teacher's embeddings of every view of a shard set, once for many students
@@ -32,8 +33,8 @@ pub enum Command {
     /// fingerprints of the shards and the weights. The teacher is in evaluation mode: batch normalisation uses its
     /// running statistics.
     ///
-    /// The bytes do not depend on `--threads` or `--batch-size`. An interrupted run resumes with the first unfinished shard
-    /// when the same command is given again; a finished one is left as it is.
+    /// The bytes do not depend on `--threads` or `--batch-size`; their last bits depend on `--isa`. An interrupted run resumes
+    /// with the first unfinished shard when the same command is given again; a finished one is left as it is.
     Embed(Box<EmbedArgs>),
     /// Tell what a checkpoint holds: its tensors, and the architecture and method they belong to
     ///
@@ -62,6 +63,10 @@ pub struct EmbedArgs {
     /// Flags of every stage.
     #[command(flatten)]
     pub common: CommonArgs,
+
+    /// How to compute.
+    #[command(flatten)]
+    pub compute: ComputeArgs,
 }
 
 /// The options of `embed` that a file may hold as well.
@@ -158,6 +163,10 @@ pub struct VerifyArgs {
     /// Number of worker threads [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
+
+    /// Instruction set to compute rows with [default: the best one that the machine has]
+    #[arg(long, value_name = "SET")]
+    pub isa: Option<Isa>,
 
     /// Print the result as JSON
     #[arg(long)]

@@ -5,6 +5,7 @@ use std::fmt;
 
 use serde::Serialize;
 use serde_json::json;
+use shared::cli::note_cpu;
 use shared::data_loader::normalized_batch;
 use shared::embedding::{
     EmbeddingSet, EmbeddingSetDetails, SHARDS_ROLE, embedding_file_name, open_file, write_embeddings,
@@ -117,6 +118,9 @@ fn write_shards(
     let mut files = Vec::new();
     let mut resumed = 0;
     let mut first = 0;
+    if !config.quiet {
+        note_cpu();
+    }
     let images = (shards.len() * shards.views()) as u64;
     let progress = Progress::new("embedding", "images", images, config.quiet);
     for (index, shard) in shards.shards().iter().enumerate() {

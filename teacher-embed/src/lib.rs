@@ -3,7 +3,8 @@
 //! `embed` reads a shard set and the teacher's weights, runs the teacher in evaluation mode over every view of every
 //! sample, and writes one embedding file for each shard, row for row. `describe` tells what a checkpoint holds and which
 //! network it belongs to. `verify` checks a finished set against its hashes, its shards and the teacher. The embeddings
-//! depend on the pixels and the weights alone: not on threads, batch size or interruptions.
+//! depend on the pixels and the weights alone: not on threads, batch size or
+//! interruptions, but in their last bits on the instruction set of the machine.
 
 pub mod args;
 pub mod config;
@@ -16,6 +17,7 @@ mod verify;
 pub use args::Args;
 pub use describe::{Description, describe};
 pub use embed::{Embedded, embed};
+use shared::cli::ComputeArgs;
 use shared::{Result, cli};
 pub use summary::Statistics;
 pub use verify::{Verified, verify};
@@ -31,6 +33,7 @@ pub fn run(args: &Args) -> Result<()> {
     match &args.command {
         Command::Embed(args) => {
             let config = EmbedConfig::resolve(args)?;
+            args.compute.apply()?;
             let embedded = cli::with_threads(config.threads, || embed(&config))?;
             if config.json { cli::print_json(&embedded) } else { cli::print(&embedded.to_string()) }
         }
@@ -40,6 +43,7 @@ pub fn run(args: &Args) -> Result<()> {
         }
         Command::Verify(args) => {
             let config = VerifyConfig::resolve(args)?;
+            ComputeArgs { isa: args.isa }.apply()?;
             let verified = cli::with_threads(config.threads, || verify(&config))?;
             if config.json { cli::print_json(&verified) } else { cli::print(&verified.to_string()) }
         }

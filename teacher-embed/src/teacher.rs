@@ -2,13 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use serde::Serialize;
 use serde_json::{Value, json};
 use shared::io::hash_file;
 use shared::manifest::Input;
 use shared::models::{Arch, Encoder};
-use shared::ops::Mode;
+use shared::ops::{self, Activation, Builder, Engine, Linear, Mode, Pass};
 use shared::run::Run;
 use shared::weights::names::{Method, Recognised, fit, recognise};
 use shared::weights::{Checkpoint, Entry};
@@ -34,8 +34,8 @@ enum Output {
     Head,
     /// The pooled features.
     Features,
-    /// One linear layer: `(F, D)` and `(D,)`.
-    Linear(Tensor, Tensor),
+    /// One linear layer on them.
+    Linear(Linear),
 }
 
 /// What the manifest says about the teacher.
@@ -96,7 +96,13 @@ impl Teacher {
             Method::MocoV2 => Output::Head,
             Method::MocoV1 => {
                 let layer = |name: &str| checkpoint.tensor(&format!("{}{name}", fitted.prefix));
-                Output::Linear(layer("fc.weight")?.t()?.contiguous()?, layer("fc.bias")?)
+                let names = ["fc.weight", "fc.bias"];
+                let tensors =
+                    names.into_iter().map(|name| Ok((name.to_owned(), layer(name)?))).collect::<Result<_>>()?;
+                let mut builder = Builder::new(&Device::Cpu);
+                let linear = builder.linear("fc", fitted.arch.feature_width(), fitted.embedding_dim())?;
+                builder.finish_zeroed().load(&tensors)?;
+                Output::Linear(linear)
             }
             _ => Output::Features,
         };
@@ -142,9 +148,10 @@ impl Teacher {
         let rows = match &self.output {
             Output::Head => self.encoder.embeddings(xs, Mode::Eval)?,
             Output::Features => unit_rows(&self.encoder.features(xs, Mode::Eval)?)?,
-            Output::Linear(weight, bias) => {
+            Output::Linear(linear) => {
                 let features = self.encoder.features(xs, Mode::Eval)?;
-                unit_rows(&features.matmul(weight)?.broadcast_add(bias)?)?
+                let pass = Pass { mode: Mode::Eval, record: false, engine: Engine::for_device(xs.device()) };
+                unit_rows(&ops::linear(&features, linear, Activation::Identity, &pass)?)?
             }
         };
         let rows = rows.flatten_all()?.to_vec1::<f32>()?;

@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use serde::Serialize;
+use shared::cli::note_cpu;
 use shared::embedding::{EmbeddingSet, SHARDS_ROLE};
 use shared::manifest::{MANIFEST_FILE, Manifest, Stage};
 use shared::models::Arch;
@@ -90,6 +91,9 @@ pub fn verify(config: &VerifyConfig) -> Result<Verified> {
             found: expected.to_owned(),
             hint: "give the weights that the set was made with".into(),
         });
+    }
+    if !config.quiet {
+        note_cpu();
     }
     let samples = config.sample.min(shards.len());
     let rows: Vec<(usize, usize)> = (0..samples)

@@ -41,6 +41,8 @@ fn help_is_a_manual() {
         "--config",
         "--overwrite",
         "--threads",
+        "--isa",
+        "portable",
         "moco-v2",
         "resnet152",
         "efficientnet_b0",
@@ -111,9 +113,11 @@ fn embeds_from_a_configuration_file_and_says_when_there_is_nothing_to_do() {
     let again = teacher_embed(path, &flags);
     assert_eq!(again.status, 0, "{}", again.stderr);
     assert!(again.stderr.contains("already finished: nothing to do"), "{}", again.stderr);
-    let verified = teacher_embed(path, &["verify", "out", "--weights", weights.to_str().unwrap(), "--sample", "3"]);
+    let verify = ["verify", "out", "--weights", weights.to_str().unwrap(), "--sample", "3", "--isa", "portable"];
+    let verified = teacher_embed(path, &verify);
     assert_eq!(verified.status, 0, "{}", verified.stderr);
     assert!(verified.stdout.contains("6 rows computed again"), "{}", verified.stdout);
+    assert!(verified.stderr.contains("CPU: portable, "), "{}", verified.stderr);
 
     let described = teacher_embed(path, &["describe", weights.to_str().unwrap(), "--json"]);
     let description: serde_json::Value = serde_json::from_str(&described.stdout).unwrap();

@@ -1,7 +1,7 @@
 //! This project's side of `tests/peers/run.sh`: sets one row up, then makes a timed step for every line `step` on standard input.
 //!
-//! The first line of output is a JSON object: the number of trainable parameters, the shape of the result, the memory that the
-//! process held before the model was made; or why the row is not available. Every later line answers a `step` with its
+//! The first line of output is a JSON object: the number of trainable parameters, the shape of the result, the threads and the
+//! instruction set that compute, the memory that the process held before the model was made; or why the row is not available. Every later line answers a `step` with its
 //! milliseconds. `quit` or the end of the input ends it. `torch_worker.py` is the twin.
 
 use std::io::BufRead as _;
@@ -12,7 +12,7 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor};
 use clap::Parser;
 use serde_json::json;
-use shared::cli::{print, run_main, with_threads};
+use shared::cli::{ComputeArgs, print, run_main, with_threads};
 use shared::models::{Arch, Encoder};
 use shared::ops::{self, Mode};
 use shared::run::Objective;
@@ -44,6 +44,9 @@ struct Args {
     /// Sides of an image
     #[arg(long, default_value_t = 224, value_parser = clap::value_parser!(u32).range(1..=4096))]
     size: u32,
+    /// How to compute.
+    #[command(flatten)]
+    compute: ComputeArgs,
 }
 
 /// Something to time: returns the shape of its result.
@@ -61,7 +64,10 @@ static ALLOCATOR: ops::TensorAllocator = ops::TensorAllocator;
 fn main() -> ExitCode {
     ops::reserve_memory();
     let args = Args::parse();
-    run_main(|| with_threads(Some(args.threads), || serve(&args)))
+    run_main(|| {
+        args.compute.apply()?;
+        with_threads(Some(args.threads), || serve(&args))
+    })
 }
 
 fn serve(args: &Args) -> Result<()> {
@@ -82,7 +88,11 @@ fn serve(args: &Args) -> Result<()> {
         _ => eval_row(arch, args)?,
     };
     let output = step()?;
-    print(&json!({ "parameters": parameters, "output": output, "idle_mib": idle_mib }).to_string())?;
+    let about = json!({
+        "parameters": parameters, "output": output, "threads": rayon::current_num_threads(), "isa": ops::isa(),
+        "idle_mib": idle_mib,
+    });
+    print(&about.to_string())?;
     for line in std::io::stdin().lock().lines() {
         match line.map_err(Error::io("read", "standard input"))?.trim() {
             "step" => {
@@ -158,7 +168,8 @@ fn disco_row(arch: Arch, args: &Args) -> Result<Row> {
 fn images(args: &Args, first: usize) -> Result<Tensor> {
     let (batch, side) = (args.batch as usize, args.size as usize);
     let count = batch * side * side * 3;
-    let place = |place: usize| u32::try_from(place).map_err(|_| Error::usage("`--batch` and `--size` are too large"));
+    let place =
+        |place: usize| u32::try_from(place).ok().ok_or_else(|| Error::usage("`--batch` and `--size` are too large"));
     let (start, end) = (place(first)?, place(first + count)?);
     Ok(Tensor::arange(start, end, &Device::Cpu)?.to_dtype(DType::F32)?.sin()?.reshape((batch, side, side, 3))?)
 }

@@ -5,7 +5,9 @@
 Each row has three processes, which take turns: this project's (`ours.rs`), PyTorch as installed, and PyTorch tuned (both
 `torch_worker.py`). Tuned is the allocator of the C library told to keep freed memory, and batch norms folded into the
 convolutions of networks that only infer. A worker times its own steps, so neither pipes nor this program are counted. Peak
-memory is that of the whole process, interpreter and libraries included; the JSON has what it held before the model was made.
+memory is that of the whole process, interpreter and libraries included, which does one row's work and nothing else; the JSON has
+what it held before the model was made, which is much for a PyTorch built with CUDA. PyTorch is channels last; `--formats` adds a fourth process with PyTorch tuned and channels
+first, which goes into the JSON, and the table's footer says where it is the faster one.
 
 Exit status: 0 done, 1 a row failed, 2 wrong usage or no PyTorch.
 """
@@ -29,9 +31,10 @@ ROWS = {
     "resnet50-eval": "ResNet-50, inference",
     "efficientnet_b0-eval": "EfficientNet-B0, inference",
     "disco-step": "DisCo step, EfficientNet-B0, teacher cached on both sides",
-    "disco-live": "DisCo step, EfficientNet-B0, PyTorch runs the ResNet-50 teacher, ours reads the cache",
+    "disco-live": "DisCo step, EfficientNet-B0, PyTorch runs the ResNet-50 teacher, ours has its cached embeddings",
 }
-OURS, INSTALLED, TUNED = "ours", "installed", "tuned"
+OURS, INSTALLED, TUNED, CONTIGUOUS = "ours", "installed", "tuned", "tuned-contiguous"
+ISAS = ("portable", "avx2", "avx512")
 TUNED_ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1),
@@ -131,9 +134,7 @@ class Worker:
             "min_ms": round(least, 3),
             "times_ms": [round(time, 3) for time in self.times],
             "peak_mib": round(self.peak_mib(), 1),
-            "idle_mib": self.about["idle_mib"],
-            "parameters": self.about["parameters"],
-            "output": self.about["output"],
+            **self.about,
         }
 
 
@@ -143,10 +144,12 @@ def command_of(side, row, options):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     environment.update({name: str(options.threads) for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")})
     if side == OURS:
-        return [str(options.binary), *flags], environment
-    if side == TUNED:
+        return [str(options.binary), *flags, *(["--isa", options.isa] if options.isa else [])], environment
+    if side in (TUNED, CONTIGUOUS):
         environment.update(TUNED_ALLOCATOR)
         flags.append("--fold")
+    if side == CONTIGUOUS:
+        flags.append("--contiguous")
     return [options.python, str(HERE / "torch_worker.py"), *flags], environment
 
 
@@ -156,12 +159,12 @@ def machine_seconds():
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
-def turn(worker, others):
+def turn(worker, others, settle):
     """One step of a worker while the others wait.
 
     Returns its milliseconds and the seconds of wall time, of processor time of the waiting workers, and of other programs.
     """
-    time.sleep(SETTLE_SECONDS)
+    time.sleep(settle)
     own, waiting, machine = worker.processor_seconds(), sum(w.processor_seconds() for w in others), machine_seconds()
     start = time.monotonic()
     milliseconds = worker.step()
@@ -172,8 +175,8 @@ def turn(worker, others):
 
 
 def agree(workers):
-    """Both sides must compute the same thing, by its size and shape."""
-    for what in ("parameters", "output"):
+    """Both sides must compute the same thing, by its size and shape, on as many threads."""
+    for what in ("parameters", "output", "threads"):
         found = {worker.name: worker.about.get(what) for worker in workers}
         if len({json.dumps(value) for value in found.values()}) > 1:
             listed = ", ".join(f"{name} {value}" for name, value in found.items())
@@ -184,23 +187,33 @@ def run_row(row, sides, options):
     """Times one row; the result goes into the JSON."""
     workers, result = [], {"row": row, "work": ROWS[row], "sides": {}}
     try:
-        for side in sides:
-            worker = Worker(side, *command_of(side, row, options))
-            workers.append(worker)
-            try:
-                worker.introduce()
-            except Unavailable as error:
-                workers.pop().stop()
-                result["sides"][side] = {"unavailable": str(error)}
+        for together in [sides] if options.smoke else [[side] for side in sides]:
+            started = []
+            for side in together:
+                started.append(Worker(side, *command_of(side, row, options)))
+                workers.append(started[-1])
+            for worker in started:
+                try:
+                    worker.introduce()
+                except Unavailable as error:
+                    workers.remove(worker)
+                    worker.stop()
+                    result["sides"][worker.name] = {"unavailable": str(error)}
         agree(workers)
         wall = waiting = others = 0.0
         for index in range(options.rounds + 1):
-            for worker in workers:
-                milliseconds, *seconds = turn(worker, [other for other in workers if other is not worker])
+            # There and back, so that no side always follows the same other one.
+            for worker in workers if index % 2 == 0 else reversed(workers):
+                others_here = [other for other in workers if other is not worker]
+                milliseconds, *seconds = turn(worker, others_here, 0 if options.smoke else SETTLE_SECONDS)
                 if index > 0:  # the first is the warm-up
                     worker.times.append(milliseconds)
                     wall, waiting, others = (a + b for a, b in zip((wall, waiting, others), seconds))
         result["sides"].update({worker.name: worker.results(options.batch) for worker in workers})
+        if "median_ms" in result["sides"].get(CONTIGUOUS, {}):
+            result["better_memory_format"] = min(
+                ("channels_last", TUNED), ("contiguous", CONTIGUOUS), key=lambda pair: result["sides"][pair[1]]["median_ms"]
+            )[0]
         if wall > 0:
             result["waiting_share"] = round(waiting / wall / os.cpu_count(), 4)
             result["others_share"] = round(others / wall / os.cpu_count(), 4)
@@ -240,17 +253,19 @@ def header(report):
     machine, options = report["machine"], report["options"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items()) or "no PyTorch"
     sets = ", ".join(machine["instruction_sets"]) or "neither avx2 nor avx512f"
+    alone = f"Ours computes with {options['isa']}, PyTorch with the best instructions of the machine. " if options["isa"] else ""
     rounds = f"medians of {options['rounds']} rounds" if options["rounds"] > 1 else "1 round"
     return (
         f"`{report['command']}` at {report['commit']}: {machine['processor']}, {machine['threads']} of {machine['cores']} cores, {sets}; "
         f"{versions}; f32, batch {options['batch']} at {options['size']} x {options['size']}, {rounds}, alternated.\n"
-        "PyTorch is eager and channels last; *tuned* has an allocator that keeps freed memory, and batch norms folded for inference.\n"
+        f"{alone}PyTorch is eager and channels last; *tuned* has an allocator that keeps freed memory, and batch norms folded for inference.\n"
         "Speed in images a second (DisCo: samples a second, two views each), and ours as a multiple of PyTorch's;\n"
-        "peak memory of the whole process in MiB, and ours over the smaller of PyTorch's two.\n"
+        "peak memory of the whole process in MiB, ours over the smaller of PyTorch's two, and the same *above* what the processes\n"
+        "held before a model was made, so without interpreter and libraries.\n"
     )
 
 
-HEADINGS = ["", "ours", "PyTorch", "tuned", "x PyTorch", "x tuned", "MiB ours", "MiB PyTorch", "MiB tuned", "MiB ratio"]
+HEADINGS = ["", "ours", "PyTorch", "tuned", "x PyTorch", "x tuned", "MiB ours", "MiB PyTorch", "MiB tuned", "MiB ratio", "above"]
 
 
 def cells(result):
@@ -273,12 +288,16 @@ def cells(result):
         return f"{numerator / min(denominators):.2f}" if numerator and denominators else "-"
 
     columns = (OURS, INSTALLED, TUNED)
+    def above(side):
+        return value(side, "peak_mib") - value(side, "idle_mib") if value(side, "peak_mib") else None
+
     speed, memory = value(OURS, "per_second"), value(OURS, "peak_mib")
     return [
         *(shown(side, "per_second", ".1f") for side in columns),
         *(ratio(speed, [value(side, "per_second")]) for side in columns[1:]),
         *(shown(side, "peak_mib", ".0f") for side in columns),
         ratio(memory, [value(side, "peak_mib") for side in columns[1:]]),
+        ratio(above(OURS), [above(side) for side in columns[1:]]),
     ]
 
 
@@ -288,13 +307,21 @@ def line(fields):
 
 def footer(report):
     """What of the memory is not the model's, and whether the machine was quiet."""
-    held, shares = {}, [result.get("others_share", 0) for result in report["rows"]]
+    held, isas, shares = {}, {}, [result.get("others_share", 0) for result in report["rows"]]
     for result in report["rows"]:
         for side, values in result["sides"].items():
             if "idle_mib" in values:
                 held[side] = max(held.get(side, 0), values["idle_mib"])
+                isas[side] = values["isa"]
     text = f"Before a model was made the processes held: {', '.join(f'{side} {mib} MiB' for side, mib in held.items()) or '-'}."
-    if max(shares) > NOTABLE_SHARE:
+    text += f"\nInstruction sets: {', '.join(f'{side} {isa}' for side, isa in isas.items()) or '-'}."
+    formats = {result["row"]: result["better_memory_format"] for result in report["rows"] if "better_memory_format" in result}
+    if formats:
+        faster = [row for row, name in formats.items() if name == "contiguous"]
+        text += f"\nPyTorch, tuned, is faster channels first in: {', '.join(faster) or 'no row'}."
+    if report["smoke"]:
+        text += "\n**Not to be quoted**: a smoke run shows that everything works."
+    elif max(shares) > NOTABLE_SHARE:
         text += f"\n**Not to be quoted**: other programs took up to {max(shares):.0%} of the processor time."
     return text
 
@@ -338,7 +365,9 @@ def arguments():
     parser.add_argument("--only", metavar="ROW,...", help=f"some of: {', '.join(ROWS)}")
     parser.add_argument("--batch", type=positive, metavar="N", help="images in a step [default: 32]")
     parser.add_argument("--size", type=positive, metavar="N", help="sides of an image [default: 224]")
-    parser.add_argument("--smoke", action="store_true", help="1 round, batch 2, size 64; ours alone without PyTorch")
+    parser.add_argument("--isa", choices=ISAS, help="instruction set of ours [default: the best of the machine]")
+    parser.add_argument("--formats", action="store_true", help="time PyTorch channels first as well, for the JSON")
+    parser.add_argument("--smoke", action="store_true", help="1 round, batch 2, size 64, nobody waits for idle threads; ours alone without PyTorch")
     options = parser.parse_args()
     for name, usual, smoke in (("rounds", 7, 1), ("batch", 32, 2), ("size", 224, 64)):
         if getattr(options, name) is None:
@@ -365,12 +394,15 @@ def main():
             return 2
         say(f"NOTE: {missing}: this smoke run times ours alone and compares nothing")
     sides = (OURS, INSTALLED, TUNED) if versions else (OURS,)
+    if versions and options.formats:
+        sides += (CONTIGUOUS,)
     report = {
         "command": shlex.join(["tests/peers/run.sh", *sys.argv[2:]]),
         "commit": commit(),
         "machine": machine(options),
         "versions": versions or {},
-        "options": {name: getattr(options, name) for name in ("rounds", "threads", "batch", "size")},
+        "smoke": options.smoke,
+        "options": {name: getattr(options, name) for name in ("rounds", "threads", "batch", "size", "isa")},
         "tuned_allocator": TUNED_ALLOCATOR,
         "rows": [],
     }

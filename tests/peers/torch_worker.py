@@ -1,12 +1,13 @@
 """PyTorch's side of `tests/peers/run.sh`: sets one row up, then makes a timed step for every line `step` on standard input.
 
     python tests/peers/torch_worker.py --versions
-    python tests/peers/torch_worker.py --row resnet18-train [--threads 2] [--batch 32] [--size 224] [--fold]
+    python tests/peers/torch_worker.py --row resnet18-train [--threads 2] [--batch 32] [--size 224] [--fold] [--contiguous]
 
-The first line of output is a JSON object: the number of trainable parameters, the shape of the result, the memory that the process
-held before the model was made. Every later line answers a `step` with its milliseconds. `quit` or the end of the input ends it.
+The first line of output is a JSON object: the number of trainable parameters, the shape of the result, the threads and the instruction
+set that compute, the memory that the process held before the model was made. Every later line answers a `step` with its milliseconds. `quit` or the end of the input ends it.
 
-All rows are eager PyTorch in f32, channels last. `--fold` folds batch norms into the convolutions of networks that only infer.
+All rows are eager PyTorch in f32, channels last unless `--contiguous` is given. `--fold` folds batch norms into the convolutions of
+networks that only infer.
 """
 
 import argparse
@@ -33,11 +34,13 @@ def idle_mib():
         return next(int(line.split()[1]) for line in file if line.startswith("VmRSS:")) / 1024
 
 
-def images(batch, size, first=0):
-    """The same values on both sides: the sine of the place in memory."""
+def images(options, batch=None, first=0):
+    """The same values on both sides: the sine of the place in memory of channels last."""
+    batch, size = batch or options.batch, options.size
     count = batch * size * size * 3
     values = torch.arange(first, first + count, dtype=torch.float32).sin_()
-    return values.view(batch, size, size, 3).permute(0, 3, 1, 2)  # channels last, without a copy
+    values = values.view(batch, size, size, 3).permute(0, 3, 1, 2)  # channels last, without a copy
+    return values.contiguous() if options.contiguous else values
 
 
 def unit_rows(count, seed):
@@ -49,8 +52,15 @@ def head(width):
     return nn.Sequential(nn.Linear(width, HEAD_HIDDEN), nn.ReLU(inplace=True), nn.Linear(HEAD_HIDDEN, EMBEDDING_DIM))
 
 
-def channels_last(model):
-    return model.to(memory_format=torch.channels_last)
+def laid_out(model, options):
+    return model.to(memory_format=torch.contiguous_format if options.contiguous else torch.channels_last)
+
+
+def rows_in_order(view, order):
+    """The images of a batch in another order, in the memory format that they have."""
+    if view.is_contiguous():
+        return view.index_select(0, order)
+    return view.permute(0, 2, 3, 1).index_select(0, order).permute(0, 3, 1, 2)
 
 
 def trainable(model):
@@ -69,7 +79,7 @@ def uneven(model):
 
 
 @torch.no_grad()
-def fold(model, size):
+def fold(model, options):
     """Folds every batch norm into the convolution whose result it reads, as one forward pass shows; keeps fused activations."""
     names = {module: name for name, module in model.named_modules()}
     produced, pairs, hooks = {}, [], []
@@ -86,7 +96,7 @@ def fold(model, size):
         if isinstance(module, nn.Conv2d):
             hooks.append(module.register_forward_hook(made))
     hooks += [norm.register_forward_pre_hook(read) for norm in norms]
-    probe = images(1, size)
+    probe = images(options, batch=1)
     before = model(probe)
     for hook in hooks:
         hook.remove()
@@ -96,7 +106,7 @@ def fold(model, size):
     for conv, norm in pairs:
         model.set_submodule(names[conv], fuse_conv_bn_eval(conv, norm))
         model.set_submodule(names[norm], getattr(norm, "act", None) or nn.Identity())
-    channels_last(model)
+    laid_out(model, options)
     error = ((model(probe) - before).abs().max() / before.abs().max()).item()
     if not error < 1e-3:
         sys.exit(f"error: folding batch norms changed the result by {error:.1e}")
@@ -108,8 +118,8 @@ def backbone(arch):
 
 def train_row(arch, options):
     """Forward and backward in training mode; the loss is the mean of the squared features."""
-    model = channels_last(backbone(arch)).train()
-    xs = images(options.batch, options.size)
+    model = laid_out(backbone(arch), options).train()
+    xs = images(options)
 
     def step():
         model.zero_grad()
@@ -122,13 +132,13 @@ def train_row(arch, options):
 
 def eval_row(arch, options):
     """Inference in evaluation mode, without gradients."""
-    model = uneven(channels_last(backbone(arch))).eval()
+    model = uneven(laid_out(backbone(arch), options)).eval()
     parameters = trainable(model)
-    xs = images(options.batch, options.size)
+    xs = images(options)
     if options.fold:
-        fold(model, options.size)
+        fold(model, options)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step():
         return model(xs).shape
 
@@ -136,32 +146,36 @@ def eval_row(arch, options):
 
 
 def live_teacher(options):
-    """A frozen ResNet-50 with its running statistics, as a cache would have used it."""
+    """A frozen ResNet-50 with its running statistics, as a cache would have used it.
+
+    The official script leaves it in training mode, which takes longer.
+    """
     model = torchvision.models.resnet50(weights=None)
     model.fc = head(model.fc.in_features)
-    model = uneven(channels_last(model)).eval().requires_grad_(False)
+    model = uneven(laid_out(model, options)).eval().requires_grad_(False)
     if options.fold:
-        fold(model, options.size)
+        fold(model, options)
     return model
 
 
 def disco_row(options, live):
     """One step of DisCo, with the teacher's embeddings given or by a teacher that runs in the step.
 
-    In the order of `student-train/src/step.rs`: the graph of one view is freed before that of the other is built.
+    In the order of `student-train/src/step.rs`: the keys are embedded in shuffled order, and the graph of one view is freed before that of
+    the other is built.
     """
 
     def encoder():
         model = backbone("efficientnet_b0")
-        return channels_last(nn.Sequential(model, head(model.num_features))).train()
+        return laid_out(nn.Sequential(model, head(model.num_features)), options).train()
 
     query, key = encoder(), encoder().requires_grad_(False)
     key.load_state_dict(query.state_dict())
     query_parameters, key_parameters = list(query.parameters()), list(key.parameters())
     optimizer = torch.optim.SGD(query_parameters, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
     queue, pointer = unit_rows(QUEUE_SIZE, 0), 0
-    query_view = images(options.batch, options.size)
-    key_view = images(options.batch, options.size, query_view.numel())
+    query_view = images(options)
+    key_view = images(options, first=query_view.numel())
     given = unit_rows(options.batch, 1), unit_rows(options.batch, 2)
     teacher = live_teacher(options) if live else None
     first = torch.zeros(options.batch, dtype=torch.long)
@@ -176,7 +190,8 @@ def disco_row(options, live):
         nonlocal pointer
         with torch.no_grad():
             torch._foreach_lerp_(key_parameters, query_parameters, 1 - KEY_MOMENTUM)
-            keys = embed(key, key_view)
+            order = torch.randperm(options.batch)
+            keys = embed(key, rows_in_order(key_view, order)).index_select(0, order.argsort())
             query_target, key_target = [embed(teacher, view) for view in (query_view, key_view)] if live else given
         optimizer.zero_grad()
 
@@ -226,6 +241,7 @@ def main():
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--fold", action="store_true", help="fold batch norms where a network only infers")
+    parser.add_argument("--contiguous", action="store_true", help="channels first instead of channels last")
     options = parser.parse_args()
     if options.versions:
         answer(json.dumps({module.__name__: module.__version__ for module in (torch, timm, torchvision)}))
@@ -237,7 +253,14 @@ def main():
     torch.manual_seed(0)
     step, parameters = ROWS[options.row](options)
     shape = list(step())
-    answer(json.dumps({"parameters": parameters, "output": shape, "idle_mib": round(before)}))
+    about = {
+        "parameters": parameters,
+        "output": shape,
+        "threads": torch.get_num_threads(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "idle_mib": round(before),
+    }
+    answer(json.dumps(about))
     for line in sys.stdin:
         if line.strip() == "quit":
             return

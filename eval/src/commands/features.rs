@@ -22,6 +22,7 @@ struct Summary {
 }
 
 pub(crate) fn features(args: &FeaturesArgs) -> Result<()> {
+    args.compute.apply()?;
     let sources = source::open_all(&args.source)?;
     let shards = ShardSet::open(&args.shards)?;
     let common = &args.common;

@@ -16,6 +16,7 @@ pub(crate) fn knn(args: &KnnArgs) -> Result<()> {
     if !args.temperature.is_finite() || args.temperature <= 0.0 {
         return Err(Error::usage("`--temperature` must be a positive number"));
     }
+    args.compute.apply()?;
     let sources = source::open_all(&args.source)?;
     let train = open_labelled(&args.train)?;
     let val = match &args.val {

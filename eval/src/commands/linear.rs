@@ -15,6 +15,7 @@ use crate::table::Table;
 pub(crate) fn linear(args: &LinearArgs) -> Result<()> {
     let config = args.probe_config();
     check_config(&config)?;
+    args.compute.apply()?;
     let sources = source::open_all(&args.source)?;
     let train_shards = open_labelled(&args.train)?;
     let val_shards = open_labelled(&args.val)?;

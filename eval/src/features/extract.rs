@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::Tensor;
+use shared::cli::note_cpu;
 use shared::data_loader::normalized_batch;
 use shared::io::{FileEntry, hash_file};
 use shared::manifest::{Identity, Input, Stage};
@@ -84,6 +85,9 @@ pub fn extract(
         }
         Begun::Writing(output) => output,
     };
+    if !quiet {
+        note_cpu();
+    }
     let images = (shards.len() * shards.views()) as u64;
     let progress = Progress::new("features", "images", images, quiet);
     let mut files = Vec::new();

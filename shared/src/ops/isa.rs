@@ -4,13 +4,16 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU8, Ordering};
 
+use serde::{Deserialize, Serialize};
+
 use crate::{Error, Result};
 
 /// A set of vector instructions. One binary holds code for all of them and chooses when it runs.
 ///
 /// Sums run in another order in wider vectors, so results differ between instruction sets in their last bits; on one of them they
 /// are the same on every machine and at any number of threads.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
 #[repr(u8)]
 pub enum Isa {
     /// What the compiler makes of portable code: SSE2 on x86-64, NEON on aarch64.
@@ -112,6 +115,14 @@ pub fn force_isa(isa: Isa) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn name_is_the_same_word_in_flags_and_files() {
+        for isa in [Isa::Portable, Isa::Avx2, Isa::Avx512] {
+            assert_eq!(serde_json::to_value(isa).unwrap(), isa.name());
+            assert_eq!(clap::ValueEnum::to_possible_value(&isa).unwrap().get_name(), isa.name());
+        }
+    }
 
     #[test]
     fn names_are_read_back_and_the_best_is_available() {
