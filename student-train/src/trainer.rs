@@ -54,8 +54,9 @@ struct Progressed {
     last_epoch: Option<Losses>,
     metrics: LogPosition,
     epoch_sums: EpochSums,
-    /// The instruction set that computed the steps since the checkpoint before it.
-    isa: Isa,
+    /// The instruction set that computed the steps since the checkpoint before it; not known of older checkpoints.
+    #[serde(default)]
+    isa: Option<Isa>,
 }
 
 /// How a call ended.
@@ -134,7 +135,7 @@ impl<'a> Trainer<'a> {
         } else if let Some(advice) = queue_advice(config.queue_size, batches.shards().len()) {
             say(&advice);
         }
-        if let Some(before) = resumed.as_ref().map(|(_, progressed)| progressed.isa).filter(|before| *before != isa()) {
+        if let Some(before) = resumed.as_ref().and_then(|(_, progressed)| progressed.isa).filter(|before| *before != isa()) {
             note(&format!(
                 "note: the run was computed with {before} and goes on with {}, its bytes will be those of neither; \
                  `--isa {before}` goes on as it began",
@@ -207,7 +208,7 @@ impl<'a> Trainer<'a> {
             last_epoch: self.last_epoch,
             metrics,
             epoch_sums,
-            isa: isa(),
+            isa: Some(isa()),
         };
         self.checkpoints.save(self.step, progressed, &self.state.to_tensors()?)
     }
