@@ -135,7 +135,9 @@ impl<'a> Trainer<'a> {
         } else if let Some(advice) = queue_advice(config.queue_size, batches.shards().len()) {
             say(&advice);
         }
-        if let Some(before) = resumed.as_ref().and_then(|(_, progressed)| progressed.isa).filter(|before| *before != isa()) {
+        if let Some(before) =
+            resumed.as_ref().and_then(|(_, progressed)| progressed.isa).filter(|before| *before != isa())
+        {
             note(&format!(
                 "note: the run was computed with {before} and goes on with {}, its bytes will be those of neither; \
                  `--isa {before}` goes on as it began",

@@ -119,10 +119,13 @@ impl Moments {
     }
 }
 
-/// The batch norm of one group as its backward pass needs it: `draw = dz * scale + (raw - mean) * bend + offset`.
+/// The batch norm of one group as its backward pass needs it: `draw = (dz - centre) * scale + (raw - mean) * bend + offset`.
+///
+/// The centre is the mean of `dz`, so that little is lost where all of a channel's gradients are nearly equal.
 #[derive(Debug, Clone)]
 pub(super) struct Slope {
     pub(super) mean: Vec<f32>,
+    pub(super) centre: Vec<f32>,
     pub(super) scale: Vec<f32>,
     pub(super) bend: Vec<f32>,
     pub(super) offset: Vec<f32>,
@@ -198,6 +201,7 @@ impl Statistics {
         let channels = weight.len();
         let mut slope = Slope {
             mean: self.mean_f32(),
+            centre: sums.sums.iter().map(|sum| (sum / count) as f32).collect(),
             scale: vec![0.0; channels],
             bend: vec![0.0; channels],
             offset: vec![0.0; channels],
@@ -213,7 +217,8 @@ impl Statistics {
             slope.scale[c] = scale as f32;
             let bend = -scale * inverse * along / count;
             slope.bend[c] = bend as f32;
-            slope.offset[c] = (bend * rounding - scale * sums.sums[c] / count) as f32;
+            // What the roundings of mean and centre leave.
+            slope.offset[c] = (bend * rounding + scale * (f64::from(slope.centre[c]) - sums.sums[c] / count)) as f32;
         }
         slope
     }

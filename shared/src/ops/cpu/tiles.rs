@@ -474,21 +474,77 @@ dispatch!(
     )
 );
 
-/// The gradient of raw numbers from that of the normalised ones: `out = dz * scale + (raw - mean) * slope + offset`.
+/// The gradient of raw numbers from that of the normalised ones: `out = (dz - centre) * scale + (raw - mean) * bend + offset`.
 ///
 /// # Panics
 /// When a slice is too short.
 pub(super) fn raw_gradient(dz: &[f32], raw: &[f32], slope: &Slope, out: &mut [f32]) {
     let channels = slope.mean.len();
     assert!(dz.len() == out.len() && raw.len() == out.len(), "tiles of different sizes");
-    assert!(out.len().is_multiple_of(channels) && slope.scale.len() == channels, "rows are incomplete");
-    assert!(slope.bend.len() == channels && slope.offset.len() == channels, "one number for each channel");
-    let rows = out.len() / channels;
-    let (mean, scale) = (slope.mean.as_ptr(), slope.scale.as_ptr());
-    let (bend, offset) = (slope.bend.as_ptr(), slope.offset.as_ptr());
+    assert!(out.len().is_multiple_of(channels), "rows are incomplete");
+    let slope = SlopePointers::checked(slope, channels);
     // SAFETY: all slices were checked.
-    unsafe {
-        raw_gradient_raw(dz.as_ptr(), raw.as_ptr(), out.as_mut_ptr(), rows, channels, mean, scale, bend, offset);
+    unsafe { raw_gradient_raw(dz.as_ptr(), raw.as_ptr(), out.as_mut_ptr(), out.len() / channels, channels, &slope) };
+}
+
+/// [`Slope`] for the kernels.
+#[derive(Debug)]
+struct SlopePointers {
+    mean: *const f32,
+    centre: *const f32,
+    scale: *const f32,
+    bend: *const f32,
+    offset: *const f32,
+}
+
+impl SlopePointers {
+    /// # Panics
+    /// When a row of numbers is not one for each channel.
+    fn checked(slope: &Slope, channels: usize) -> Self {
+        let checked = |row: &[f32]| {
+            assert_eq!(row.len(), channels, "one number for each channel");
+            row.as_ptr()
+        };
+        Self {
+            mean: checked(&slope.mean),
+            centre: checked(&slope.centre),
+            scale: checked(&slope.scale),
+            bend: checked(&slope.bend),
+            offset: checked(&slope.offset),
+        }
+    }
+}
+
+/// [`Slope`] for one vector of channels.
+#[derive(Debug, Clone, Copy)]
+struct SlopeVectors<V> {
+    mean: V,
+    centre: V,
+    scale: V,
+    bend: V,
+    offset: V,
+}
+
+impl<V: Simd> SlopeVectors<V> {
+    #[inline(always)]
+    unsafe fn load<const WHOLE: bool>(slope: &SlopePointers, channel: usize, left: usize) -> Self {
+        // SAFETY: the contract of the kernels.
+        unsafe {
+            Self {
+                mean: load::<V, WHOLE>(slope.mean.add(channel), left),
+                centre: load::<V, WHOLE>(slope.centre.add(channel), left),
+                scale: load::<V, WHOLE>(slope.scale.add(channel), left),
+                bend: load::<V, WHOLE>(slope.bend.add(channel), left),
+                offset: load::<V, WHOLE>(slope.offset.add(channel), left),
+            }
+        }
+    }
+
+    /// The gradient of raw numbers.
+    #[inline(always)]
+    unsafe fn raw_gradient(self, dz: V, raw: V) -> V {
+        // SAFETY: the contract of the kernels.
+        unsafe { dz.sub(self.centre).mul_add(self.scale, raw.sub(self.mean).mul_add(self.bend, self.offset)) }
     }
 }
 
@@ -501,22 +557,17 @@ unsafe fn raw_gradient_block<V: Simd, const ROWS: usize, const WHOLE: bool>(
     dz: *const f32,
     raw: *const f32,
     out: *mut f32,
-    mean: *const f32,
-    scale: *const f32,
-    slope: *const f32,
-    offset: *const f32,
+    slope: &SlopePointers,
 ) {
     // SAFETY: the contract of `raw_gradient_raw`.
     unsafe {
-        let of_channel = |from: *const f32| -> V { load::<V, WHOLE>(from.add(channel), left) };
-        let (mean, scale, slope, offset) = (of_channel(mean), of_channel(scale), of_channel(slope), of_channel(offset));
+        let slope = SlopeVectors::<V>::load::<WHOLE>(slope, channel, left);
         for row in 0..ROWS {
             let at = at + row * channels;
             V::prefetch(raw.wrapping_add(at + AHEAD));
             V::prefetch(dz.wrapping_add(at + AHEAD));
-            let bent = load::<V, WHOLE>(raw.add(at), left).sub(mean).mul_add(slope, offset);
-            let sum = load::<V, WHOLE>(dz.add(at), left).mul_add(scale, bent);
-            store::<V, WHOLE>(sum, out.add(at), left);
+            let (dz, raw) = (load::<V, WHOLE>(dz.add(at), left), load::<V, WHOLE>(raw.add(at), left));
+            store::<V, WHOLE>(slope.raw_gradient(dz, raw), out.add(at), left);
         }
     }
 }
@@ -528,30 +579,24 @@ unsafe fn raw_gradient_with<V: Simd>(
     out: *mut f32,
     rows: usize,
     channels: usize,
-    mean: *const f32,
-    scale: *const f32,
-    slope: *const f32,
-    offset: *const f32,
+    slope: &SlopePointers,
 ) {
     // SAFETY: the contract of `raw_gradient_raw`.
     unsafe {
-        for_blocks!([V] rows, channels, raw_gradient_block(dz, raw, out, mean, scale, slope, offset));
+        for_blocks!([V] rows, channels, raw_gradient_block(dz, raw, out, slope));
     }
 }
 
 dispatch!(
     /// # Safety
-    /// `dz`, `raw` and `out` hold `rows * channels` numbers, the others `channels`.
+    /// `dz`, `raw` and `out` hold `rows * channels` numbers, the slope's rows `channels`.
     raw_gradient_raw = raw_gradient_with(
         dz: *const f32,
         raw: *const f32,
         out: *mut f32,
         rows: usize,
         channels: usize,
-        mean: *const f32,
-        scale: *const f32,
-        slope: *const f32,
-        offset: *const f32,
+        slope: &SlopePointers,
     )
 );
 
@@ -758,9 +803,9 @@ pub(super) fn gated_raw_gradient(of: &Gated<'_>, gradient: &[f32], raw: &[f32], 
         out: out.as_mut_ptr(),
         affine: [of.affine.scale.as_ptr(), of.affine.shift.as_ptr()],
         gate: [of.factors.as_ptr(), of.through_mean.as_ptr()],
-        slope: [slope.mean.as_ptr(), slope.scale.as_ptr(), slope.bend.as_ptr(), slope.offset.as_ptr()],
+        slope: SlopePointers::checked(slope, channels),
     };
-    // SAFETY: all slices were checked; a slope's rows are equally long.
+    // SAFETY: all slices were checked.
     unsafe { gated_raw_gradient_raw(out.len() / channels, channels, of.act, &pointers) };
 }
 
@@ -771,7 +816,7 @@ struct GatedRawPointers {
     out: *mut f32,
     affine: [*const f32; 2],
     gate: [*const f32; 2],
-    slope: [*const f32; 4],
+    slope: SlopePointers,
 }
 
 #[inline(always)]
@@ -787,8 +832,7 @@ unsafe fn gated_raw_gradient_block<V: Simd, A: Act, const ROWS: usize, const WHO
         let of_channel = |from: *const f32| -> V { load::<V, WHOLE>(from.add(channel), left) };
         let (scale, shift) = (of_channel(p.affine[0]), of_channel(p.affine[1]));
         let (factor, through_mean) = (of_channel(p.gate[0]), of_channel(p.gate[1]));
-        let (mean, norm_scale) = (of_channel(p.slope[0]), of_channel(p.slope[1]));
-        let (slope, offset) = (of_channel(p.slope[2]), of_channel(p.slope[3]));
+        let slope = SlopeVectors::<V>::load::<WHOLE>(&p.slope, channel, left);
         for row in 0..ROWS {
             let at = at + row * channels;
             V::prefetch(p.raw.wrapping_add(at + AHEAD));
@@ -796,8 +840,7 @@ unsafe fn gated_raw_gradient_block<V: Simd, A: Act, const ROWS: usize, const WHO
             let raw = load::<V, WHOLE>(p.raw.add(at), left);
             let gradient = load::<V, WHOLE>(p.gradient.add(at), left).mul_add(factor, through_mean);
             let (_, dz) = A::both(raw.mul_add(scale, shift), gradient);
-            let bent = raw.sub(mean).mul_add(slope, offset);
-            store::<V, WHOLE>(dz.mul_add(norm_scale, bent), p.out.add(at), left);
+            store::<V, WHOLE>(slope.raw_gradient(dz, raw), p.out.add(at), left);
         }
     }
 }
