@@ -1,8 +1,7 @@
-//! Every block out of plain candle operations, on any device: what the other engines are checked against.
+//! Every block out of plain candle operations, on any device, in f32 or f64: what the other engines are checked against.
 //!
-//! Gradients come from candle's own rules, through the parameters' variables. Two limits: candle cannot write into a tensor
-//! that is not on the CPU from here, so updates replace the variable; and where several inputs of a max pool are
-//! equally large, each gets a part of the gradient instead of the first getting all of it.
+//! Gradients come from candle's own rules, through the parameters' variables. NaN is never lost: neither candle's `relu` nor
+//! its `maximum` keeps it, so choices are written as comparisons.
 
 use candle_core::{D, Tensor};
 
@@ -25,7 +24,7 @@ pub fn conv_bn(
     pass: &Pass,
 ) -> Result<Tensor> {
     let geometry = params.conv.geometry;
-    if !matches!(xs.dims(), [_, _, _, c] if *c == geometry.in_channels) {
+    if !matches!(*xs.dims(), [b, h, w, c] if c == geometry.in_channels && geometry.fits(h, w) && b > 0) {
         return Err(super::shape_error("conv_bn", format!("(B, H, W, {})", geometry.in_channels), xs));
     }
     let xs = convolution(xs, &params.conv, pass)?;
@@ -51,10 +50,17 @@ pub fn convolution(xs: &Tensor, params: &Conv2d, pass: &Pass) -> Result<Tensor> 
     for (axis, side) in [(1, height), (2, width)] {
         let before = geometry.leading_padding(side);
         let reach = (geometry.output_side(side) - 1) * geometry.stride + geometry.kernel;
-        xs = xs.pad_with_zeros(axis, before, reach.saturating_sub(side + before))?;
+        // Pixels that no kernel reaches are cut off: candle's gradient of `conv2d` takes it that height and width have
+        // equally many of them, and fails where a strided 1x1 kernel leaves one in an even side and none in an odd side.
+        xs = xs.pad_with_zeros(axis, before, reach.saturating_sub(side + before))?.narrow(axis, 0, reach)?;
     }
     if geometry.depthwise {
-        return depthwise(&xs, &weight, geometry.stride, [height, width].map(|side| geometry.output_side(side)));
+        return depthwise(
+            &xs.contiguous()?,
+            &weight,
+            geometry.stride,
+            [height, width].map(|side| geometry.output_side(side)),
+        );
     }
     let weight = weight.permute((3, 2, 0, 1))?.contiguous()?;
     let xs = xs.permute((0, 3, 1, 2))?.contiguous()?;
@@ -82,17 +88,27 @@ fn depthwise(xs: &Tensor, weight: &Tensor, stride: usize, [height, width]: [usiz
     sum.ok_or_else(|| super::shape_error("depthwise", "a kernel of at least one pixel", xs))
 }
 
-/// An activation.
+/// An activation, with its derivative at kinks as [`Activation`] says; NaN stays NaN.
+///
+/// Made of choices: candle's own `relu` turns NaN into 0 and has the derivative 1 at 0, and its `clamp` halves the
+/// gradient at the bounds.
 ///
 /// # Errors
 /// A tensor operation that fails.
 pub fn activate(xs: &Tensor, act: Activation) -> Result<Tensor> {
     Ok(match act {
         Activation::Identity => xs.clone(),
-        Activation::Relu => xs.relu()?,
-        Activation::Relu6 => xs.clamp(0.0, 6.0)?,
+        Activation::Relu => xs.le(0.0)?.where_cond(&xs.zeros_like()?, xs)?,
+        Activation::Relu6 => {
+            let capped = xs.ge(6.0)?.where_cond(&(xs.zeros_like()? + 6.0)?, xs)?;
+            xs.le(0.0)?.where_cond(&xs.zeros_like()?, &capped)?
+        }
         Activation::Silu => (xs * gate(xs, Gate::Sigmoid)?)?,
-        Activation::HardSwish => (xs * gate(xs, Gate::HardSigmoid)?)?,
+        Activation::HardSwish => {
+            let between = (xs * ((xs + 3.0)? / 6.0)?)?;
+            let below_three = xs.ge(3.0)?.where_cond(xs, &between)?;
+            xs.le(-3.0)?.where_cond(&xs.zeros_like()?, &below_three)?
+        }
     })
 }
 
@@ -104,7 +120,7 @@ pub fn gate(xs: &Tensor, gate: Gate) -> Result<Tensor> {
     Ok(match gate {
         // By the hyperbolic tangent, which never overflows.
         Gate::Sigmoid => (((xs * 0.5)?.tanh()? + 1.0)? * 0.5)?,
-        Gate::HardSigmoid => ((xs + 3.0)?.clamp(0.0, 6.0)? / 6.0)?,
+        Gate::HardSigmoid => (activate(&(xs + 3.0)?, Activation::Relu6)? / 6.0)?,
     })
 }
 
@@ -217,7 +233,7 @@ pub fn max_pool(xs: &Tensor) -> Result<Tensor> {
     let pad = |xs: &Tensor, axis: usize| -> Result<Tensor> {
         let mut shape = xs.dims().to_vec();
         shape[axis] = 1;
-        let edge = Tensor::full(f32::MIN, shape, xs.device())?;
+        let edge = Tensor::full(f32::NEG_INFINITY, shape, xs.device())?.to_dtype(xs.dtype())?;
         Ok(Tensor::cat(&[&edge, xs, &edge], axis)?)
     };
     let padded = pad(&pad(xs, 1)?, 2)?;
@@ -229,7 +245,11 @@ pub fn max_pool(xs: &Tensor) -> Result<Tensor> {
     for tap in 0..9 {
         let shifted = every_second(&every_second(&padded, 1, tap / 3, height)?, 2, tap % 3, width)?;
         largest = Some(match largest {
-            Some(largest) => largest.maximum(&shifted)?,
+            Some(largest) => {
+                // The first of equals wins, and NaN, which is unequal to itself, wins over all.
+                let later_wins = (largest.lt(&shifted)? + shifted.ne(&shifted)?)?;
+                later_wins.where_cond(&shifted, &largest)?
+            }
             None => shifted,
         });
     }
@@ -258,8 +278,9 @@ pub fn linear(xs: &Tensor, params: &Linear, act: Activation, pass: &Pass) -> Res
 /// # Errors
 /// A tensor operation that fails.
 pub fn l2_normalise(xs: &Tensor) -> Result<Tensor> {
-    let norm = xs.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?;
-    Ok(xs.broadcast_div(&norm.clamp(1e-12f32, f32::MAX)?)?)
+    // Below the root, so that a row of zeros has a finite gradient.
+    let squares = xs.sqr()?.sum_keepdim(D::Minus1)?;
+    Ok(xs.broadcast_div(&squares.maximum(1e-24)?.sqrt()?)?)
 }
 
 /// See [`crate::ops::info_nce`].
@@ -275,7 +296,7 @@ pub fn info_nce(q: &Tensor, k: &Tensor, queue: &Tensor, temperature: f64) -> Res
     let first = logits.narrow(1, 0, 1)?;
     let loss = (sum + top)?.sub(&first)?.mean_all()?;
     let rivals = logits.detach().narrow(1, 1, queue.dim(0)?)?.max_keepdim(1)?;
-    let correct = first.detach().gt(&rivals)?.to_dtype(candle_core::DType::F32)?;
+    let correct = first.detach().gt(&rivals)?.to_dtype(q.dtype())?;
     Ok((loss, (correct.mean_all()? * 100.0)?))
 }
 

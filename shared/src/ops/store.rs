@@ -73,7 +73,7 @@ impl ParameterStore {
             .collect()
     }
 
-    /// The reverse of [`ParameterStore::to_file_layout`], on the store's device, in f32.
+    /// The reverse of [`ParameterStore::to_file_layout`], on the store's device, in the types of its tensors.
     ///
     /// # Errors
     /// `Error::Invalid` for a name that is not in the store or a tensor of another shape.
@@ -93,7 +93,7 @@ impl ParameterStore {
             .collect()
     }
 
-    /// Replaces all values by `tensors`, which bear file names and layouts; floats of any width are taken as f32.
+    /// Replaces all values by `tensors`, which bear file names and layouts; floats of any width become the store's.
     ///
     /// A missing `num_batches_tracked` counts as 0: `PyTorch` wrote none before 0.4.1.
     ///
@@ -229,18 +229,27 @@ impl FromIterator<(String, Tensor)> for Gradients {
 pub struct Builder {
     store: ParameterStore,
     device: Device,
+    dtype: DType,
     allocate: bool,
 }
 
 impl Builder {
     /// A builder for a real model.
     pub fn new(device: &Device) -> Self {
-        Self { store: ParameterStore::default(), device: device.clone(), allocate: true }
+        Self { store: ParameterStore::default(), device: device.clone(), dtype: DType::F32, allocate: true }
+    }
+
+    /// The same builder with floats of another width. Drawn values stay those of f32, whatever the width.
+    ///
+    /// Models are f32. The reference also computes in f64, as the yardstick of f32 and for finite differences.
+    #[must_use]
+    pub fn with_dtype(self, dtype: DType) -> Self {
+        Self { dtype, ..self }
     }
 
     /// A builder that only learns names and shapes: its tensors are empty and its blocks cannot run.
     pub fn describing() -> Self {
-        Self { store: ParameterStore::default(), device: Device::Cpu, allocate: false }
+        Self { store: ParameterStore::default(), device: Device::Cpu, dtype: DType::F32, allocate: false }
     }
 
     /// Draws the initial values and hands over the store.
@@ -346,7 +355,7 @@ impl Builder {
         init: Init,
         trainable: bool,
     ) -> Result<Parameter> {
-        let dtype = if init == Init::Counter { DType::I64 } else { DType::F32 };
+        let dtype = if init == Init::Counter { DType::I64 } else { self.dtype };
         let memory_shape = if self.allocate { layout.memory_shape(shape) } else { vec![0] };
         let parameter = Parameter::new(Var::zeros(memory_shape, dtype, &self.device)?);
         let entry = Entry { parameter: parameter.clone(), shape: shape.to_vec(), layout, init, trainable };
@@ -369,6 +378,6 @@ fn initialise(name: &str, entry: &Entry, seed: u64) -> Result<()> {
         Init::Normal { std } => (0..count).map(|_| (rng.normal() * std) as f32).collect(),
         Init::Uniform { bound } => (0..count).map(|_| ((2.0 * rng.unit_f64() - 1.0) * bound) as f32).collect(),
     };
-    let tensor = Tensor::from_vec(values, entry.shape.as_slice(), var.device())?;
+    let tensor = Tensor::from_vec(values, entry.shape.as_slice(), var.device())?.to_dtype(var.dtype())?;
     Ok(var.set(&entry.layout.to_memory(&tensor)?)?)
 }

@@ -1,5 +1,10 @@
 //! The CPU engine against the reference, against finite differences, and against itself at other thread counts.
 
+mod block;
+mod finite_differences;
+mod support;
+mod twins;
+
 use candle_core::{Device, Tensor, Var};
 use shared::cli::with_threads;
 use shared::models::{Arch, Encoder, HeadConfig};
@@ -55,6 +60,56 @@ fn geometries() -> Vec<Geometry> {
         Geometry::same(5, 7, 1, 1),
         Geometry::same(6, 9, 1, 2),
     ]
+}
+
+#[test]
+fn convolutions_of_every_kind_at_odd_sizes() -> TestResult {
+    twins::convolutions_of_every_kind_at_odd_sizes()
+}
+
+#[test]
+fn every_activation_with_and_without_a_residual() -> TestResult {
+    twins::every_activation_with_and_without_a_residual()
+}
+
+#[test]
+fn depthwise_convolutions_at_odd_sizes() -> TestResult {
+    twins::depthwise_convolutions_at_odd_sizes()
+}
+
+#[test]
+fn one_pixel() -> TestResult {
+    twins::one_pixel()
+}
+
+#[test]
+fn sizes_that_are_cut_into_several_pieces() -> TestResult {
+    twins::sizes_that_are_cut_into_several_pieces()
+}
+
+#[test]
+fn residual_blocks() -> TestResult {
+    twins::residual_blocks()
+}
+
+#[test]
+fn inverted_residual_blocks() -> TestResult {
+    twins::inverted_residual_blocks()
+}
+
+#[test]
+fn pools_and_rows() -> TestResult {
+    twins::pools_and_rows()
+}
+
+#[test]
+fn nan_is_never_lost() -> TestResult {
+    twins::nan_is_never_lost()
+}
+
+#[test]
+fn all_gradients_have_the_same_bits_at_any_thread_count() -> TestResult {
+    twins::all_gradients_have_the_same_bits_at_any_thread_count()
 }
 
 #[test]

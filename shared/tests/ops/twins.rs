@@ -1,0 +1,335 @@
+//! Every block of the CPU engine against its reference twin: results, all gradients, running statistics.
+//!
+//! The twin computes in f64, so that what differs is the engine's own rounding. Parameters are drawn, then moved so that no value lies
+//! close to a kink, where rounding would decide which way a gradient goes.
+//!
+//! Some gradients are sums in which little is left: batch norm takes the size of a weight out of the result, for example, so that a
+//! channel with a single weight has a gradient near 0. There the engine may be off by eight times what the reference in f32 is off by,
+//! which may be lucky.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Tensor, Var};
+use shared::Error;
+use shared::ops::{Activation, Engine, Gate, Geometry, Mode, Padding, ParameterStore};
+
+use crate::block::{Block, Spec, Squeeze, drawn};
+use crate::support::{TRAIN, TestResult, difference, norm, normal, pass};
+
+/// The bound on the L2 norm of a difference, as a part of the norm of what is right.
+const TOLERANCE: f64 = 1e-5;
+
+const ACTIVATIONS: [Activation; 5] =
+    [Activation::Identity, Activation::Relu, Activation::Relu6, Activation::Silu, Activation::HardSwish];
+
+const GROUPS: Mode = Mode::Train { bn_groups: 2 };
+
+/// What a block computes, by name.
+type Results = BTreeMap<String, Tensor>;
+
+/// Runs a block forward and, if its batch norm trains, backward from random weights of its outputs.
+pub(crate) fn run(
+    block: &Block,
+    store: &ParameterStore,
+    xs: &Tensor,
+    extras: &[Tensor],
+    engine: Engine,
+    mode: Mode,
+) -> Result<Results, Error> {
+    let mut results = Results::new();
+    let xs = Var::from_tensor(xs)?;
+    // Of the contrastive loss only the query gets a gradient: keys and queue are not variables.
+    let tracks_extras = matches!(block, Block::ConvBn(..));
+    let extras: Vec<Tensor> = extras
+        .iter()
+        .map(|extra| if tracks_extras { Ok(Var::from_tensor(extra)?.into_inner()) } else { Ok(extra.clone()) })
+        .collect::<Result<_, candle_core::Error>>()?;
+    let out = block.forward(&xs, &extras, &pass(engine, mode))?;
+    if mode != Mode::Eval {
+        store.clear_deposits();
+        let weights = normal(out.dims(), 99)?.to_dtype(out.dtype())?;
+        let tracked = (&out * weights)?.sum_all()?.backward()?;
+        for (name, gradient) in store.take_gradients(&tracked)?.iter() {
+            results.insert(format!("gradient of {name}"), gradient.clone());
+        }
+        if let Some(gradient) = tracked.get(&xs) {
+            results.insert("gradient of the input".into(), gradient.clone());
+        }
+        for extra in extras.iter().filter(|_| tracks_extras) {
+            results.insert("gradient of the residual".into(), tracked.get(extra).expect("it is a variable").clone());
+        }
+    }
+    results.insert("output".into(), out.detach());
+    for (name, tensor) in store.to_tensors()? {
+        if name.contains("running") {
+            results.insert(name, tensor);
+        }
+    }
+    Ok(results)
+}
+
+/// What the reference computes in f64 and in f32, and what the engine computes, with the same parameters and inputs.
+fn results_of(spec: &Spec, size: [usize; 3], mode: Mode, seed: u64) -> Result<[Results; 3], Error> {
+    let xs = normal(&spec.input_shape(size), seed)?;
+    let extras: Vec<Tensor> =
+        spec.extra_shapes(size).iter().zip(1..).map(|(shape, i)| normal(shape, seed + i)).collect::<Result<_, _>>()?;
+    let wide = |tensor: &Tensor| tensor.to_dtype(DType::F64);
+    let (wide_xs, wide_extras) = (wide(&xs)?, extras.iter().map(wide).collect::<Result<Vec<_>, _>>()?);
+
+    let (twin, twin_store) = spec.build(DType::F64)?;
+    let values = drawn(&twin_store, seed)?;
+    twin_store.load(&values)?;
+    twin.avoid_kinks(&wide_xs, &wide_extras, mode)?;
+    let mut moved = twin_store.to_tensors()?;
+    for (name, tensor) in &mut moved {
+        if name.contains("running") || name.ends_with("num_batches_tracked") {
+            *tensor = values[name].clone();
+        } else {
+            *tensor = tensor.to_dtype(DType::F32)?;
+        }
+    }
+    twin_store.load(&moved)?;
+    let exact = run(&twin, &twin_store, &wide_xs, &wide_extras, Engine::Reference, mode)?;
+    let in_f32 = |engine: Engine| -> Result<Results, Error> {
+        let (block, store) = spec.build(DType::F32)?;
+        store.load(&moved)?;
+        run(&block, &store, &xs, &extras, engine, mode)
+    };
+    Ok([exact, in_f32(Engine::Reference)?, in_f32(Engine::Cpu)?])
+}
+
+/// Compares a block with its twin.
+fn agree(spec: &Spec, size: [usize; 3], mode: Mode, seed: u64) -> TestResult {
+    let [expected, rounded, found] = results_of(spec, size, mode, seed)?;
+    assert_eq!(expected.keys().collect::<Vec<_>>(), found.keys().collect::<Vec<_>>(), "{spec:?}");
+    for (name, expected) in &expected {
+        let (apart, scale) = difference(expected, &found[name]);
+        let (unavoidable, _) = difference(expected, &rounded[name]);
+        assert!(
+            apart <= (TOLERANCE * scale).max(8.0 * unavoidable),
+            "{spec:?} {size:?} {mode:?}: {name} is off by {:.2e}, the reference in f32 by {:.2e}",
+            apart / scale,
+            unavoidable / scale
+        );
+    }
+    Ok(())
+}
+
+/// In training with one group and with two, where the batch can be cut, and in evaluation mode.
+fn agree_in_all_modes(spec: &Spec, size: [usize; 3], seed: u64) -> TestResult {
+    agree(spec, size, TRAIN, seed)?;
+    if size[0].is_multiple_of(2) {
+        agree(spec, size, GROUPS, seed + 100)?;
+    }
+    agree(spec, size, Mode::Eval, seed + 200)
+}
+
+fn same_padding(geometry: Geometry) -> Geometry {
+    Geometry { padding: Padding::Same, ..geometry }
+}
+
+pub(crate) fn convolutions_of_every_kind_at_odd_sizes() -> TestResult {
+    // Batch, height, width; inputs, outputs. One channel, one vector of channels, what is left beside vectors, several panels.
+    let shapes = [
+        ([4, 11, 9], [1, 1]),
+        ([3, 8, 8], [3, 8]),
+        ([2, 7, 13], [16, 17]),
+        ([5, 6, 5], [9, 33]),
+        ([2, 12, 10], [24, 50]),
+        ([1, 17, 6], [40, 72]),
+    ];
+    let mut seed = 0;
+    for (size, [inputs, outputs]) in shapes {
+        for kernel in [1, 3, 5, 7] {
+            for stride in [1, 2] {
+                for padded in [|geometry| geometry, same_padding] {
+                    seed += 1;
+                    let act = ACTIVATIONS[seed as usize % ACTIVATIONS.len()];
+                    let geometry = padded(Geometry::same(inputs, outputs, kernel, stride));
+                    agree_in_all_modes(&Spec::ConvBn { geometry, act, residual: seed % 3 == 0 }, size, seed)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+pub(crate) fn every_activation_with_and_without_a_residual() -> TestResult {
+    for geometry in [Geometry::same(12, 20, 1, 1), Geometry::same(12, 20, 3, 1), Geometry::depthwise(20, 3, 1)] {
+        for act in ACTIVATIONS {
+            for residual in [false, true] {
+                agree_in_all_modes(&Spec::ConvBn { geometry, act, residual }, [4, 6, 7], 7)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+pub(crate) fn depthwise_convolutions_at_odd_sizes() -> TestResult {
+    let mut seed = 300;
+    for (size, channels) in
+        [([4, 9, 7], 1), ([2, 8, 14], 16), ([3, 5, 5], 35), ([2, 15, 12], 48), ([1, 7, 8], 100), ([4, 3, 2], 18)]
+    {
+        for kernel in [3, 5, 7] {
+            for stride in [1, 2] {
+                for padded in [|geometry| geometry, same_padding] {
+                    seed += 1;
+                    let act = ACTIVATIONS[seed as usize % ACTIVATIONS.len()];
+                    let geometry = padded(Geometry::depthwise(channels, kernel, stride));
+                    agree_in_all_modes(&Spec::ConvBn { geometry, act, residual: false }, size, seed)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+pub(crate) fn one_pixel() -> TestResult {
+    for (index, kernel) in [1, 3, 5].into_iter().enumerate() {
+        for geometry in
+            [Geometry::same(5, 6, kernel, 1), Geometry::same(20, 34, kernel, 2), Geometry::depthwise(18, kernel, 1)]
+        {
+            let spec = Spec::ConvBn { geometry, act: Activation::Silu, residual: false };
+            agree_in_all_modes(&spec, [8, 1, 1], 500 + index as u64)?;
+        }
+    }
+    agree(&Spec::MaxPool { channels: 3 }, [2, 1, 1], TRAIN, 510)?;
+    agree(&Spec::GlobalAveragePool { channels: 3 }, [2, 1, 1], TRAIN, 511)
+}
+
+pub(crate) fn sizes_that_are_cut_into_several_pieces() -> TestResult {
+    for (geometry, size) in [
+        (Geometry::same(64, 64, 3, 1), [2, 30, 29]),
+        (Geometry::same(96, 130, 3, 1), [1, 14, 15]),
+        (Geometry::same(256, 300, 1, 1), [2, 15, 14]),
+        (Geometry::same(24, 144, 1, 1), [4, 28, 28]),
+        (Geometry::same(48, 64, 3, 2), [2, 28, 27]),
+        (Geometry::same(3, 32, 3, 2), [2, 64, 60]),
+        (Geometry::depthwise(240, 5, 1), [2, 28, 28]),
+        (Geometry::depthwise(600, 3, 2), [2, 14, 14]),
+    ] {
+        agree_in_all_modes(&Spec::ConvBn { geometry, act: Activation::Relu, residual: false }, size, 600)?;
+    }
+    Ok(())
+}
+
+pub(crate) fn residual_blocks() -> TestResult {
+    let mut seed = 700;
+    for size in [[4, 9, 8], [2, 7, 7]] {
+        for (inputs, outputs, stride) in [(8, 8, 1), (8, 20, 1), (20, 12, 2), (33, 33, 1)] {
+            seed += 1;
+            agree_in_all_modes(&Spec::BasicBlock { inputs, outputs, stride }, size, seed)?;
+            agree_in_all_modes(&Spec::Bottleneck { inputs, width: 10, outputs, stride }, size, seed)?;
+        }
+    }
+    agree_in_all_modes(&Spec::Stem { channels: 20 }, [2, 33, 30], 790)
+}
+
+pub(crate) fn inverted_residual_blocks() -> TestResult {
+    let silu = Squeeze { channels: 3, act: Activation::Silu, gate: Gate::Sigmoid };
+    let relu = Squeeze { channels: 8, act: Activation::Relu, gate: Gate::HardSigmoid };
+    let mut seed = 800;
+    for size in [[4, 8, 9], [2, 14, 13]] {
+        for widths in [[8, 1, 8], [8, 3, 8], [12, 4, 20], [5, 6, 7], [24, 6, 24]] {
+            for squeeze in [None, Some(silu), Some(relu)] {
+                for (kernel, stride) in [(3, 1), (5, 1), (3, 2), (5, 2)] {
+                    seed += 1;
+                    let inside = |channels| {
+                        let geometry = Geometry::depthwise(channels, kernel, stride);
+                        if seed % 2 == 0 { geometry } else { same_padding(geometry) }
+                    };
+                    let act = ACTIVATIONS[1 + seed as usize % 4];
+                    agree_in_all_modes(&Spec::mb_conv(widths, inside, act, squeeze), size, seed)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+pub(crate) fn pools_and_rows() -> TestResult {
+    let mut seed = 1000;
+    for channels in [1, 16, 21, 70] {
+        for size in [[3, 8, 8], [2, 7, 5], [1, 2, 9]] {
+            seed += 1;
+            agree(&Spec::MaxPool { channels }, size, TRAIN, seed)?;
+            agree(&Spec::GlobalAveragePool { channels }, size, TRAIN, seed)?;
+        }
+    }
+    for (batch, inputs, outputs) in [(1, 1, 1), (4, 7, 5), (5, 33, 100), (32, 300, 128)] {
+        for act in ACTIVATIONS {
+            seed += 1;
+            agree(&Spec::Linear { inputs, outputs, act }, [batch, 0, 0], TRAIN, seed)?;
+        }
+        agree(&Spec::ProjectionHead { inputs, hidden: 2 * inputs, outputs }, [batch, 0, 0], TRAIN, seed)?;
+        agree(&Spec::L2Normalise { width: inputs + 1 }, [batch, 0, 0], TRAIN, seed)?;
+    }
+    for (batch, width, queue) in [(1, 3, 1), (4, 8, 5), (7, 20, 333), (32, 128, 3000)] {
+        let spec = Spec::InfoNce { width, queue, temperature: (width as f64).sqrt() };
+        agree(&spec, [batch, 0, 0], TRAIN, 1100 + queue as u64)?;
+    }
+    Ok(())
+}
+
+pub(crate) fn nan_is_never_lost() -> TestResult {
+    let specs = ACTIVATIONS
+        .map(|act| Spec::ConvBn { geometry: Geometry::same(4, 18, 1, 1), act, residual: false })
+        .into_iter()
+        .chain(ACTIVATIONS.map(|act| Spec::Linear { inputs: 4, outputs: 18, act }))
+        .chain([Spec::MaxPool { channels: 4 }, Spec::GlobalAveragePool { channels: 4 }]);
+    for spec in specs {
+        let (block, store) = spec.build(DType::F32)?;
+        store.load(&drawn(&store, 1)?)?;
+        let shape = spec.input_shape([1, 3, 3]);
+        let mut values = vec![0.5f32; shape.iter().product()];
+        values[0] = f32::NAN;
+        let xs = Tensor::from_vec(values, shape, &Device::Cpu)?;
+        let out = block.forward(&xs, &[], &pass(Engine::Cpu, Mode::Eval))?;
+        let first: f32 = out.flatten_all()?.get(0)?.to_scalar()?;
+        assert!(first.is_nan(), "{spec:?} gives {first}");
+        assert!(!norm(&crate::support::flat(&out)).is_finite(), "{spec:?}");
+    }
+    Ok(())
+}
+
+pub(crate) fn all_gradients_have_the_same_bits_at_any_thread_count() -> TestResult {
+    let squeeze = Squeeze { channels: 3, act: Activation::Silu, gate: Gate::Sigmoid };
+    let specs = [
+        Spec::ConvBn { geometry: Geometry::same(20, 40, 3, 1), act: Activation::Relu, residual: true },
+        Spec::ConvBn { geometry: Geometry::same(20, 40, 5, 2), act: Activation::Relu, residual: false },
+        Spec::Stem { channels: 20 },
+        Spec::BasicBlock { inputs: 20, outputs: 20, stride: 1 },
+        Spec::Bottleneck { inputs: 20, width: 9, outputs: 30, stride: 2 },
+        Spec::mb_conv([12, 4, 12], |c| Geometry::depthwise(c, 5, 1), Activation::Silu, Some(squeeze)),
+        Spec::mb_conv([12, 1, 16], |c| Geometry::depthwise(c, 3, 2), Activation::HardSwish, None),
+        Spec::ProjectionHead { inputs: 70, hidden: 90, outputs: 40 },
+        Spec::L2Normalise { width: 40 },
+        Spec::InfoNce { width: 40, queue: 5000, temperature: 6.0 },
+    ];
+    for spec in specs {
+        let channels = spec.input_shape([6, 20, 18]);
+        let xs = normal(&channels, 3)?;
+        let extras: Vec<Tensor> =
+            spec.extra_shapes([6, 20, 18]).iter().map(|shape| normal(shape, 4)).collect::<Result<_, _>>()?;
+        for mode in [TRAIN, GROUPS, Mode::Eval] {
+            let mut first: Option<Results> = None;
+            for threads in [1, 2, 3, 5] {
+                let (block, store) = spec.build(DType::F32)?;
+                store.load(&drawn(&store, 5)?)?;
+                let results =
+                    shared::cli::with_threads(Some(threads), || run(&block, &store, &xs, &extras, Engine::Cpu, mode))?;
+                let Some(first) = &first else {
+                    first = Some(results);
+                    continue;
+                };
+                for (name, expected) in first {
+                    let bits = |tensor: &Tensor| -> Result<Vec<u32>, candle_core::Error> {
+                        Ok(tensor.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
+                    };
+                    assert_eq!(bits(expected)?, bits(&results[name])?, "{spec:?} {mode:?} {threads} threads: {name}");
+                }
+            }
+        }
+    }
+    Ok(())
+}

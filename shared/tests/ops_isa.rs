@@ -1,0 +1,37 @@
+//! The blocks of the CPU engine against their twins with every instruction set of the machine: the choice holds for a whole process, so
+//! that these tests have one of their own.
+
+#[path = "ops/block.rs"]
+mod block;
+#[path = "ops/support.rs"]
+mod support;
+#[path = "ops/twins.rs"]
+mod twins;
+
+use shared::ops::{Isa, force_isa, isa};
+use support::TestResult;
+
+#[test]
+fn every_instruction_set_agrees_with_the_reference() -> TestResult {
+    let available = Isa::available();
+    assert!(available.contains(&Isa::Portable));
+    for chosen in available {
+        force_isa(chosen)?;
+        assert_eq!(isa(), chosen);
+        for test in [
+            twins::convolutions_of_every_kind_at_odd_sizes,
+            twins::every_activation_with_and_without_a_residual,
+            twins::depthwise_convolutions_at_odd_sizes,
+            twins::one_pixel,
+            twins::sizes_that_are_cut_into_several_pieces,
+            twins::residual_blocks,
+            twins::inverted_residual_blocks,
+            twins::pools_and_rows,
+            twins::nan_is_never_lost,
+            twins::all_gradients_have_the_same_bits_at_any_thread_count,
+        ] {
+            test().map_err(|error| format!("{chosen}: {error}"))?;
+        }
+    }
+    Ok(())
+}
