@@ -1,71 +1,163 @@
-//! Times of the CPU engine: single layers at the sizes of a `ResNet`, whole networks forward and forward with backward.
+//! Times of the CPU engine: every operator at the sizes of `ResNet`-18, `ResNet`-50 and `EfficientNet`-B0, and whole networks.
 //!
 //! The pool has as many threads as the machine has cores unless `RAYON_NUM_THREADS` says otherwise. Names carry the sizes.
 
 use candle_core::{DType, Device, Tensor, Var};
 use criterion::{Criterion, criterion_group, criterion_main};
 use shared::models::{Arch, Encoder};
-use shared::ops::{self, Activation, Builder, Engine, Geometry, Mode, Pass};
+use shared::ops::{
+    self, Activation, BasicBlock, Bottleneck, Builder, Engine, Gate, Geometry, MbConv, Mode, ParameterStore, Pass,
+    ProjectionHead, SqueezeExcite, Stem,
+};
 use shared::{Result, losses};
 
 const TRAIN: Mode = Mode::Train { bn_groups: 1 };
 const BATCH: usize = 32;
 const FITS: &str = "the benchmark's tensors fit its operations";
 
+#[global_allocator]
+static ALLOCATOR: ops::TensorAllocator = ops::TensorAllocator;
+
 fn pixels(shape: &[usize]) -> Result<Tensor> {
     let count = shape.iter().product::<usize>();
     Ok(Tensor::arange(0u32, count as u32, &Device::Cpu)?.to_dtype(DType::F32)?.sin()?.reshape(shape)?)
 }
 
-fn layers(criterion: &mut Criterion) -> Result<()> {
-    let pass = Pass { mode: TRAIN, record: true, engine: Engine::Cpu };
-    for (geometry, side) in [
-        (Geometry::same(64, 64, 3, 1), 56),
-        (Geometry::same(64, 128, 3, 2), 56),
-        (Geometry::same(256, 256, 3, 1), 14),
-        (Geometry::same(512, 512, 3, 1), 7),
-        (Geometry::same(64, 256, 1, 1), 56),
+/// Times an operator in training forward, the same with its backward pass, and in inference.
+fn operator(
+    criterion: &mut Criterion,
+    name: &str,
+    shape: &[usize],
+    store: &ParameterStore,
+    run: impl Fn(&Tensor, &Pass) -> Result<Tensor>,
+) -> Result<()> {
+    let train = Pass { mode: TRAIN, record: true, engine: Engine::Cpu };
+    let infer = Pass { mode: Mode::Eval, record: false, engine: Engine::Cpu };
+    let pixels = pixels(shape)?;
+    let xs = Var::from_tensor(&pixels)?;
+    let mut group = criterion.benchmark_group(format!("{name}, {shape:?}"));
+    group.bench_function("forward", |bencher| bencher.iter(|| run(&xs, &train).expect(FITS)));
+    let out = run(&xs, &train)?;
+    // The gradient that comes back is a tensor of its own, as from the operator that follows.
+    let weights = self::pixels(out.dims())?;
+    drop(out);
+    group.bench_function("forward and backward", |bencher| {
+        let step = || store.backward(&(run(&xs, &train)? * &weights)?.sum_all()?);
+        bencher.iter(|| step().expect(FITS));
+    });
+    group.bench_function("inference", |bencher| bencher.iter(|| run(&pixels, &infer).expect(FITS)));
+    group.finish();
+    Ok(())
+}
+
+fn convolutions(criterion: &mut Criterion) -> Result<()> {
+    for (geometry, side, act) in [
+        (Geometry::same(3, 64, 7, 2), 224, Activation::Relu),
+        (Geometry::same(3, 32, 3, 2), 224, Activation::Silu),
+        (Geometry::same(64, 64, 3, 1), 56, Activation::Relu),
+        (Geometry::same(64, 128, 3, 2), 56, Activation::Relu),
+        (Geometry::same(256, 256, 3, 1), 14, Activation::Relu),
+        (Geometry::same(512, 512, 3, 1), 7, Activation::Relu),
+        (Geometry::same(64, 256, 1, 1), 56, Activation::Relu),
+        (Geometry::same(1024, 256, 1, 1), 14, Activation::Relu),
+        (Geometry::same(320, 1280, 1, 1), 7, Activation::Silu),
+        (Geometry::depthwise(144, 3, 1), 56, Activation::Silu),
+        (Geometry::depthwise(96, 3, 2), 112, Activation::Silu),
+        (Geometry::depthwise(672, 5, 1), 14, Activation::HardSwish),
+        (Geometry::depthwise(144, 5, 2), 56, Activation::Silu),
     ] {
         let mut builder = Builder::new(&Device::Cpu);
         let block = builder.conv_bn("conv", "bn", geometry)?;
         let store = builder.finish(0)?;
-        let xs = Var::from_tensor(&pixels(&[BATCH, side, side, geometry.in_channels])?)?;
-        let Geometry { in_channels, out_channels, kernel, stride, .. } = geometry;
-        let name =
-            format!("conv_bn_relu {kernel}x{kernel}/{stride} {in_channels}->{out_channels} at {side}, B={BATCH}");
-        criterion.bench_function(&format!("{name}, forward"), |bencher| {
-            bencher.iter(|| ops::conv_bn(&xs, &block, None, Activation::Relu, &pass).expect(FITS));
-        });
-        criterion.bench_function(&format!("{name}, forward and backward"), |bencher| {
-            let step = || -> Result<_> {
-                let out = ops::conv_bn(&xs, &block, None, Activation::Relu, &pass)?;
-                store.backward(&ops::global_average_pool(&out, &pass)?.sum_all()?)
-            };
-            bencher.iter(|| step().expect(FITS));
-        });
+        let Geometry { in_channels, out_channels, kernel, stride, depthwise, .. } = geometry;
+        let kind = if depthwise { "depthwise" } else { "conv_bn" };
+        let name = format!("{kind} {kernel}x{kernel} stride {stride} {in_channels}->{out_channels} {act:?}");
+        operator(criterion, &name, &[BATCH, side, side, in_channels], &store, |xs, pass| {
+            ops::conv_bn(xs, &block, None, act, pass)
+        })?;
     }
     Ok(())
 }
 
-fn networks(criterion: &mut Criterion) -> Result<()> {
-    let encoder = Encoder::new(Arch::ResNet18, None, 0)?;
-    for side in [64, 224] {
-        let xs = pixels(&[BATCH, side, side, 3])?;
-        criterion.bench_function(&format!("resnet18 at {side}, B={BATCH}, evaluation"), |bencher| {
-            bencher.iter(|| encoder.features(&xs, Mode::Eval).expect(FITS));
+fn residual_blocks(criterion: &mut Criterion) -> Result<()> {
+    let mut builder = Builder::new(&Device::Cpu);
+    let stem = Stem { conv: builder.conv_bn("conv1", "bn1", Geometry::same(3, 64, 7, 2))? };
+    let store = builder.finish(0)?;
+    operator(criterion, "stem 64", &[BATCH, 224, 224, 3], &store, |xs, pass| ops::stem(xs, &stem, pass))?;
+
+    let mut builder = Builder::new(&Device::Cpu);
+    let basic = BasicBlock {
+        conv1: builder.conv_bn("conv1", "bn1", Geometry::same(128, 128, 3, 1))?,
+        conv2: builder.conv_bn("conv2", "bn2", Geometry::same(128, 128, 3, 1))?,
+        downsample: None,
+    };
+    let store = builder.finish(0)?;
+    operator(criterion, "basic_block 128", &[BATCH, 28, 28, 128], &store, |xs, pass| {
+        ops::basic_block(xs, &basic, pass)
+    })?;
+
+    let mut builder = Builder::new(&Device::Cpu);
+    let bottleneck = Bottleneck {
+        conv1: builder.conv_bn("conv1", "bn1", Geometry::same(512, 256, 1, 1))?,
+        conv2: builder.conv_bn("conv2", "bn2", Geometry::same(256, 256, 3, 2))?,
+        conv3: builder.conv_bn("conv3", "bn3", Geometry::same(256, 1024, 1, 1))?,
+        downsample: Some(builder.conv_bn("downsample.0", "downsample.1", Geometry::same(512, 1024, 1, 2))?),
+    };
+    let store = builder.finish(0)?;
+    operator(criterion, "bottleneck 512->1024 stride 2", &[BATCH, 28, 28, 512], &store, |xs, pass| {
+        ops::bottleneck(xs, &bottleneck, pass)
+    })
+}
+
+fn inverted_residual_blocks(criterion: &mut Criterion) -> Result<()> {
+    for ([inputs, inner, outputs], kernel, stride, side) in [
+        ([32, 32, 16], 3, 1, 112),
+        ([16, 96, 24], 3, 2, 112),
+        ([24, 144, 24], 3, 1, 56),
+        ([40, 240, 40], 5, 1, 28),
+        ([112, 672, 112], 5, 1, 14),
+        ([192, 1152, 192], 5, 1, 7),
+    ] {
+        let mut builder = Builder::new(&Device::Cpu);
+        let expand = (inner > inputs)
+            .then(|| builder.conv_bn("expand", "bn1", Geometry::same(inputs, inner, 1, 1)))
+            .transpose()?;
+        let depthwise = builder.conv_bn("depthwise", "bn2", Geometry::depthwise(inner, kernel, stride))?;
+        let squeezed = (inputs / 4).max(1);
+        let squeeze_excite = Some(SqueezeExcite {
+            reduce: builder.pointwise("se.reduce", inner, squeezed)?,
+            expand: builder.pointwise("se.expand", squeezed, inner)?,
+            act: Activation::Silu,
+            gate: Gate::Sigmoid,
         });
-        criterion.bench_function(&format!("resnet18 at {side}, B={BATCH}, forward and backward"), |bencher| {
-            let step = || -> Result<_> {
-                let loss = encoder.features(&xs, TRAIN)?.sqr()?.mean_all()?;
-                encoder.store().backward(&loss)
-            };
-            bencher.iter(|| step().expect(FITS));
-        });
+        let project = builder.conv_bn("project", "bn3", Geometry::same(inner, outputs, 1, 1))?;
+        let residual = inputs == outputs && stride == 1;
+        let block = MbConv { expand, depthwise, squeeze_excite, project, act: Activation::Silu, residual };
+        let store = builder.finish(0)?;
+        let name = format!("mb_conv {inputs}-{inner}-{outputs} {kernel}x{kernel} stride {stride}");
+        operator(criterion, &name, &[BATCH, side, side, inputs], &store, |xs, pass| ops::mb_conv(xs, &block, pass))?;
     }
     Ok(())
 }
 
-fn contrast(criterion: &mut Criterion) -> Result<()> {
+fn pools_and_rows(criterion: &mut Criterion) -> Result<()> {
+    let empty = Builder::new(&Device::Cpu).finish(0)?;
+    operator(criterion, "max_pool", &[BATCH, 112, 112, 64], &empty, ops::max_pool)?;
+    operator(criterion, "global_average_pool", &[BATCH, 7, 7, 1280], &empty, ops::global_average_pool)?;
+    operator(criterion, "l2_normalise", &[256, 128], &empty, ops::l2_normalise)?;
+    let mut builder = Builder::new(&Device::Cpu);
+    let head =
+        ProjectionHead { hidden: builder.linear("fc.0", 1280, 2048)?, output: builder.linear("fc.2", 2048, 128)? };
+    let store = builder.finish(0)?;
+    operator(criterion, "linear 1280->2048 Relu", &[BATCH, 1280], &store, |xs, pass| {
+        ops::linear(xs, &head.hidden, Activation::Relu, pass)
+    })?;
+    operator(criterion, "projection_head 1280-2048-128", &[BATCH, 1280], &store, |xs, pass| {
+        ops::projection_head(xs, &head, pass)
+    })
+}
+
+fn contrast_and_updates(criterion: &mut Criterion) -> Result<()> {
     let pass = Pass { mode: Mode::Eval, record: false, engine: Engine::Cpu };
     let rows = |count: usize| ops::l2_normalise(&pixels(&[count, 128])?, &pass);
     let (q, k, queue) = (Var::from_tensor(&rows(256)?)?, rows(256)?, rows(65_536)?);
@@ -73,15 +165,41 @@ fn contrast(criterion: &mut Criterion) -> Result<()> {
         let step = || -> Result<_> { Ok(losses::info_nce(&q, &k, &queue, 0.2)?.loss.backward()?) };
         bencher.iter(|| step().expect(FITS));
     });
+    let [parameter, gradient, momentum] = [pixels(&[5_000_000])?, pixels(&[5_000_000])?, pixels(&[5_000_000])?];
+    criterion.bench_function("sgd of 5 million parameters", |bencher| {
+        bencher.iter(|| ops::sgd_in_place(&parameter, &gradient, &momentum, 0.9, 1e-4, 1e-9).expect(FITS));
+    });
+    criterion.bench_function("ema of 5 million parameters", |bencher| {
+        bencher.iter(|| ops::ema_in_place(&parameter, &gradient, 0.999).expect(FITS));
+    });
     Ok(())
 }
 
-#[global_allocator]
-static ALLOCATOR: ops::TensorAllocator = ops::TensorAllocator;
+fn networks(criterion: &mut Criterion) -> Result<()> {
+    for arch in [Arch::ResNet18, Arch::EfficientNetB0, Arch::MobileNetV3Large] {
+        let encoder = Encoder::new(arch, None, 0)?;
+        for side in [64, 224] {
+            let xs = pixels(&[BATCH, side, side, 3])?;
+            criterion.bench_function(&format!("{arch} at {side}, B={BATCH}, inference"), |bencher| {
+                bencher.iter(|| encoder.features(&xs, Mode::Eval).expect(FITS));
+            });
+            criterion.bench_function(&format!("{arch} at {side}, B={BATCH}, forward and backward"), |bencher| {
+                let step = || -> Result<_> {
+                    let loss = encoder.features(&xs, TRAIN)?.sqr()?.mean_all()?;
+                    encoder.store().backward(&loss)
+                };
+                bencher.iter(|| step().expect(FITS));
+            });
+        }
+    }
+    Ok(())
+}
 
 fn all(criterion: &mut Criterion) {
     ops::reserve_memory();
-    for group in [layers, networks, contrast] {
+    for group in
+        [convolutions, residual_blocks, inverted_residual_blocks, pools_and_rows, contrast_and_updates, networks]
+    {
         group(criterion).expect(FITS);
     }
 }

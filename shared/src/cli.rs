@@ -40,6 +40,7 @@ pub struct ComputeArgs {
     ///
     /// Results are the same, bit for bit, whatever the number of threads, but not between instruction sets: wider vectors sum
     /// in another order, and the last bits round differently. Naming one reproduces what another machine computed with it.
+    /// Classifiers of features (k-NN, linear probes) always use the best one.
     #[arg(long, value_name = "SET")]
     pub isa: Option<Isa>,
 }

@@ -9,13 +9,14 @@
 //! 2. **Gradients of parameters are deposited, not returned.** A custom op has at most three inputs, a block has many
 //!    parameters. An op therefore captures its `Params` and in its backward calls [`Parameter::deposit`], which adds to the
 //!    parameter's slot; its graph inputs are the activations and an *anchor*, a scalar variable that makes candle record the
-//!    node even where the activations themselves need no gradient (the first layer: no `dX` is computed there).
+//!    node even where the activations themselves need no gradient (the first layer: no `dX` is computed there). From one
+//!    operation of the CPU engine to the next, gradients of activations are handed over likewise (`cpu/graph.rs`).
 //! 3. **Collected once.** [`ParameterStore::backward`] empties the slots, runs candle's backward, then joins what was
 //!    deposited with what candle itself tracked (reference operations use the variables), into [`Gradients`] by name.
 //! 4. **Files keep PyTorch's layout, memory keeps the op's**: convolutions `[kh, kw, in, out]`, linear `[in, out]`;
 //!    [`ParameterStore`] converts at its border and nobody else does.
 //! 5. **Deterministic.** Work is cut into pieces by shape alone, partial sums are added in piece order: the same bits at any
-//!    thread count (on one kind of machine: vector widths differ between CPU generations, and so does rounding).
+//!    thread count. Not at any instruction set: vectors of another width add in another order. [`force_isa`] chooses one.
 //!
 //! A new device or a fused block is a new arm in `blocks.rs`, nothing else.
 

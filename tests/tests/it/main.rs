@@ -1,6 +1,7 @@
 //! Tests across the stages, and golden values from other programs; one binary, one module per subject.
 
 mod chain;
+mod golden_activations;
 mod golden_disco;
 mod golden_losses;
 mod golden_models;
