@@ -44,10 +44,13 @@ const SUM: f32 = A2 + B2;
 const F_A: f32 = 1.0 / (2.0 * A2 * (A2 - B2));
 const F_B: f32 = 1.0 / (2.0 * B2 * (B2 - A2));
 
-/// Whether a convolution is of this kind.
+/// Whether a convolution is of this kind: where the tiles are filled well enough that their products are fewer. The batch has no say,
+/// so that an image's result does not depend on the others.
 pub(super) fn applies(conv: &Conv) -> bool {
     let geometry = conv.geometry;
-    !geometry.depthwise && geometry.kernel == 3 && geometry.stride == 1 && geometry.in_channels >= 8
+    let tiles = conv.output_height().div_ceil(OUT) * conv.output_width().div_ceil(OUT);
+    let pays = 4 * 9 * conv.output_pixels() > 5 * POSITIONS * tiles;
+    !geometry.depthwise && geometry.kernel == 3 && geometry.stride == 1 && geometry.in_channels >= 8 && pays
 }
 
 /// How the images are cut into tiles, and those into units that are multiplied together.
