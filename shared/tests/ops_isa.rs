@@ -1,5 +1,5 @@
-//! The blocks of the CPU engine against their twins with every instruction set of the machine: the choice holds for a whole process, so
-//! that these tests have one of their own.
+//! The blocks of the CPU engine against their twins with the instruction sets of the machine that `ops` does not run with: the choice
+//! holds for a whole process, so that these tests have one of their own.
 
 #[path = "ops/bits.rs"]
 mod bits;
@@ -15,8 +15,12 @@ use support::TestResult;
 
 #[test]
 fn every_instruction_set_agrees_with_the_reference() -> TestResult {
-    let available = Isa::available();
+    let mut available = Isa::available();
     assert!(available.contains(&Isa::Portable));
+    // The best is what all other tests run with.
+    if available.len() > 1 {
+        available.retain(|&chosen| chosen != isa());
+    }
     for chosen in available {
         force_isa(chosen)?;
         assert_eq!(isa(), chosen);

@@ -264,8 +264,8 @@ pub(crate) fn residual_blocks() -> TestResult {
             agree_in_all_modes(&Spec::Bottleneck { inputs, width: 10, outputs, stride }, size, seed)?;
         }
     }
-    agree_in_all_modes(&Spec::BasicBlock { inputs: 264, outputs: 264, stride: 1 }, [2, 7, 6], 780)?;
-    agree_in_all_modes(&Spec::Bottleneck { inputs: 260, width: 70, outputs: 520, stride: 2 }, [2, 10, 9], 781)?;
+    agree_in_all_modes(&Spec::BasicBlock { inputs: 264, outputs: 264, stride: 1 }, [2, 4, 4], 780)?;
+    agree_in_all_modes(&Spec::Bottleneck { inputs: 260, width: 70, outputs: 520, stride: 2 }, [2, 6, 5], 781)?;
     for (channels, size, seed) in [(20, [2, 33, 30], 790), (1, [3, 9, 8], 791), (64, [2, 64, 61], 792)] {
         agree_in_all_modes(&Spec::Stem { channels }, size, seed)?;
     }
@@ -292,10 +292,10 @@ pub(crate) fn inverted_residual_blocks() -> TestResult {
         }
     }
     let wide = |channels| Geometry::depthwise(channels, 5, 1);
-    agree_in_all_modes(&Spec::mb_conv([112, 6, 112], wide, Activation::Silu, Some(silu)), [2, 14, 14], 990)?;
+    agree_in_all_modes(&Spec::mb_conv([112, 6, 112], wide, Activation::Silu, Some(silu)), [2, 7, 7], 990)?;
     // Images that are widened a few rows at a time in evaluation mode.
     let high = |channels| Geometry::depthwise(channels, 3, 2);
-    agree_in_all_modes(&Spec::mb_conv([16, 6, 24], high, Activation::Silu, Some(silu)), [2, 56, 50], 991)
+    agree_in_all_modes(&Spec::mb_conv([16, 6, 24], high, Activation::Silu, Some(silu)), [1, 41, 37], 991)
 }
 
 pub(crate) fn pools_and_rows() -> TestResult {
