@@ -1,8 +1,7 @@
-"""Values and derivatives of PyTorch's activations, at their kinks and between them; prints `activations.json`.
+"""Golden values and derivatives of activations and gates by PyTorch, at their kinks, beside them, and far away.
 
-    python tests/golden/activations.py > tests/golden/activations.json
-
-Needs torch. Computed in f32: the points and what happens at them are exact.
+Written with Python 3.11.7 and torch 2.15.0 on the CPU; the output states the version. Values are exact or rounded from f32.
+Run: python tests/golden/activations.py > tests/golden/activations.json
 """
 
 import json
@@ -10,21 +9,37 @@ import json
 import torch
 import torch.nn.functional as F
 
-POINTS = [-20.0, -3.0, -1.5, -0.25, 0.0, 0.5, 2.0, 3.0, 4.5, 6.0, 20.0]
-ACTIVATIONS = {"relu": F.relu, "relu6": F.relu6, "silu": F.silu, "hard_swish": F.hardswish}
+FUNCTIONS = {
+    "identity": lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "sigmoid": torch.sigmoid,
+    "hardsigmoid": F.hardsigmoid,
+}
+KINKS = [-3.0, 0.0, 3.0, 6.0]
 
 
-def at_points(function):
-    points = torch.tensor(POINTS, requires_grad=True)
-    values = function(points)
-    values.sum().backward()
-    return {"values": values.tolist(), "derivatives": points.grad.tolist()}
+def inputs():
+    beside = []
+    for kink in KINKS:
+        at = torch.tensor(kink)
+        beside += [torch.nextafter(at, torch.tensor(sign * torch.inf)).item() for sign in [-1.0, 1.0]]
+    # The smallest f32 beside 0 is no normal number; 1e-30 is.
+    beside = [x for x in beside if abs(x) > 1e-30] + [-1e-30, 1e-30]
+    return sorted(KINKS + beside + [-100.0, -20.0, -7.5, -3.5, -1.25, -0.25, 0.25, 1.5, 3.5, 7.5, 20.0, 100.0])
 
 
 def main():
-    golden = {"versions": {"torch": torch.__version__}, "points": POINTS}
-    golden["activations"] = {name: at_points(function) for name, function in ACTIVATIONS.items()}
-    print(json.dumps(golden, indent=1))
+    points = inputs()
+    functions = {}
+    for name, function in FUNCTIONS.items():
+        x = torch.tensor(points, requires_grad=True)
+        y = function(x)
+        (slope,) = torch.autograd.grad(y.sum(), x)
+        functions[name] = {"values": y.tolist(), "slopes": slope.tolist()}
+    print(json.dumps({"versions": {"torch": torch.__version__}, "inputs": points, "functions": functions}, indent=1))
 
 
 if __name__ == "__main__":

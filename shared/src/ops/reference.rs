@@ -120,7 +120,12 @@ pub fn gate(xs: &Tensor, gate: Gate) -> Result<Tensor> {
     Ok(match gate {
         // By the hyperbolic tangent, which never overflows.
         Gate::Sigmoid => (((xs * 0.5)?.tanh()? + 1.0)? * 0.5)?,
-        Gate::HardSigmoid => (activate(&(xs + 3.0)?, Activation::Relu6)? / 6.0)?,
+        // The bounds are those of `xs`: the sum with 3 is rounded and reaches 6 too early.
+        Gate::HardSigmoid => {
+            let between = ((xs + 3.0)? / 6.0)?;
+            let below_three = xs.ge(3.0)?.where_cond(&xs.ones_like()?, &between)?;
+            xs.le(-3.0)?.where_cond(&xs.zeros_like()?, &below_three)?
+        }
     })
 }
 

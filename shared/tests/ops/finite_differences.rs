@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use shared::ops::{Activation, Engine, Gate, Geometry, Mode, Padding};
 
 use crate::block::{Spec, Squeeze, drawn};
-use crate::support::{TRAIN, TestResult, flat, norm, normal};
+use crate::support::{ACTIVATIONS, GROUPS, TRAIN, TestResult, flat, norm, normal};
 use crate::twins::run;
 
 const STEP: f64 = 1e-5;
@@ -60,7 +60,6 @@ fn confirm(spec: &Spec, size: [usize; 3], mode: Mode, seed: u64) -> TestResult {
 
 #[test]
 fn convolutions() -> TestResult {
-    let acts = [Activation::Identity, Activation::Relu, Activation::Relu6, Activation::Silu, Activation::HardSwish];
     let mut seed = 0;
     for geometry in [
         Geometry::same(3, 4, 1, 1),
@@ -70,8 +69,8 @@ fn convolutions() -> TestResult {
         Geometry::depthwise(4, 3, 1),
         Geometry { padding: Padding::Same, ..Geometry::depthwise(4, 5, 2) },
     ] {
-        for act in acts {
-            for mode in [TRAIN, Mode::Train { bn_groups: 2 }] {
+        for act in ACTIVATIONS {
+            for mode in [TRAIN, GROUPS] {
                 seed += 1;
                 confirm(&Spec::ConvBn { geometry, act, residual: seed % 2 == 0 }, [4, 6, 5], mode, seed)?;
             }
@@ -84,7 +83,7 @@ fn convolutions() -> TestResult {
 fn blocks() -> TestResult {
     let silu = Squeeze { channels: 3, act: Activation::Silu, gate: Gate::Sigmoid };
     let relu = Squeeze { channels: 6, act: Activation::Relu, gate: Gate::HardSigmoid };
-    for mode in [TRAIN, Mode::Train { bn_groups: 2 }] {
+    for mode in [TRAIN, GROUPS] {
         for spec in [
             Spec::Stem { channels: 3 },
             Spec::BasicBlock { inputs: 3, outputs: 3, stride: 1 },

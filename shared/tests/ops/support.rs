@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use shared::Error;
-use shared::ops::{Engine, Mode, Pass};
+use shared::ops::{Activation, Engine, Mode, Pass};
 use shared::rng::KeyedRng;
 
 /// What a test returns.
@@ -10,6 +10,13 @@ pub(crate) type TestResult = Result<(), Box<dyn std::error::Error>>;
 
 /// Training with one group.
 pub(crate) const TRAIN: Mode = Mode::Train { bn_groups: 1 };
+
+/// Training with two groups.
+pub(crate) const GROUPS: Mode = Mode::Train { bn_groups: 2 };
+
+/// All there are.
+pub(crate) const ACTIVATIONS: [Activation; 5] =
+    [Activation::Identity, Activation::Relu, Activation::Relu6, Activation::Silu, Activation::HardSwish];
 
 /// Independent normal values, a function of shape and seed.
 pub(crate) fn normal(shape: &[usize], seed: u64) -> Result<Tensor, Error> {

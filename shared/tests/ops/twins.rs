@@ -3,29 +3,30 @@
 //! The twin computes in f64, so that what differs is the engine's own rounding. Parameters are drawn, then moved so that no value lies
 //! close to a kink, where rounding would decide which way a gradient goes.
 //!
-//! Some gradients are sums in which little is left: batch norm takes the size of a weight out of the result, for example, so that a
-//! channel with a single weight has a gradient near 0. There the engine may be off by eight times what the reference in f32 is off by,
-//! which may be lucky.
+//! Two rules are looser than [`TOLERANCE`] of a tensor's own norm, for gradients that are sums in which little is left:
+//!
+//! - Where a channel has one weight, batch norm takes its size out of the result: its gradient is 0 but for the variance's offset. The
+//!   yardstick is what cancels ([`cancelled`]).
+//! - Where the reference in f32 is off by more than an eighth of the tolerance, the engine may be off eight times as far, and never by
+//!   more than [`WORST`]: a channel whose batch norm has next to no variance, a gradient that hardly passes a hard gate.
 
 use std::collections::BTreeMap;
 
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Tensor, Var};
 use shared::Error;
 use shared::ops::{Activation, Engine, Gate, Geometry, Mode, Padding, ParameterStore};
 
 use crate::block::{Block, Spec, Squeeze, drawn};
-use crate::support::{TRAIN, TestResult, difference, norm, normal, pass};
+use crate::support::{ACTIVATIONS, GROUPS, TRAIN, TestResult, difference, flat, norm, normal, pass};
 
 /// The bound on the L2 norm of a difference, as a part of the norm of what is right.
 const TOLERANCE: f64 = 1e-5;
 
-const ACTIVATIONS: [Activation; 5] =
-    [Activation::Identity, Activation::Relu, Activation::Relu6, Activation::Silu, Activation::HardSwish];
-
-const GROUPS: Mode = Mode::Train { bn_groups: 2 };
+/// The same bound where the reference in f32 is inexact too.
+const WORST: f64 = 1e-4;
 
 /// What a block computes, by name.
-type Results = BTreeMap<String, Tensor>;
+pub(crate) type Results = BTreeMap<String, Tensor>;
 
 /// Runs a block forward and, if its batch norm trains, backward from random weights of its outputs.
 pub(crate) fn run(
@@ -61,15 +62,26 @@ pub(crate) fn run(
     }
     results.insert("output".into(), out.detach());
     for (name, tensor) in store.to_tensors()? {
-        if name.contains("running") {
+        if name.contains("running") || name.ends_with("num_batches_tracked") {
             results.insert(name, tensor);
         }
     }
     Ok(results)
 }
 
-/// What the reference computes in f64 and in f32, and what the engine computes, with the same parameters and inputs.
-fn results_of(spec: &Spec, size: [usize; 3], mode: Mode, seed: u64) -> Result<[Results; 3], Error> {
+/// What three engines compute with the same parameters and inputs.
+struct Compared {
+    /// Parameters and buffers.
+    values: BTreeMap<String, Tensor>,
+    /// By the reference in f64.
+    exact: Results,
+    /// By the reference in f32.
+    rounded: Results,
+    /// By the CPU engine.
+    found: Results,
+}
+
+fn compared(spec: &Spec, size: [usize; 3], mode: Mode, seed: u64) -> Result<Compared, Error> {
     let xs = normal(&spec.input_shape(size), seed)?;
     let extras: Vec<Tensor> =
         spec.extra_shapes(size).iter().zip(1..).map(|(shape, i)| normal(shape, seed + i)).collect::<Result<_, _>>()?;
@@ -95,24 +107,50 @@ fn results_of(spec: &Spec, size: [usize; 3], mode: Mode, seed: u64) -> Result<[R
         store.load(&moved)?;
         run(&block, &store, &xs, &extras, engine, mode)
     };
-    Ok([exact, in_f32(Engine::Reference)?, in_f32(Engine::Cpu)?])
+    let (rounded, found) = (in_f32(Engine::Reference)?, in_f32(Engine::Cpu)?);
+    Ok(Compared { values: moved, exact, rounded, found })
 }
 
 /// Compares a block with its twin.
 fn agree(spec: &Spec, size: [usize; 3], mode: Mode, seed: u64) -> TestResult {
-    let [expected, rounded, found] = results_of(spec, size, mode, seed)?;
-    assert_eq!(expected.keys().collect::<Vec<_>>(), found.keys().collect::<Vec<_>>(), "{spec:?}");
-    for (name, expected) in &expected {
+    let Compared { values, exact, rounded, found } = compared(spec, size, mode, seed)?;
+    assert_eq!(exact.keys().collect::<Vec<_>>(), found.keys().collect::<Vec<_>>(), "{spec:?}");
+    for (name, expected) in &exact {
         let (apart, scale) = difference(expected, &found[name]);
         let (unavoidable, _) = difference(expected, &rounded[name]);
+        let bound = match cancelled(spec, size, name, &values, &exact) {
+            Some(cancelled) => TOLERANCE * cancelled.max(scale),
+            None => (TOLERANCE * scale).max((8.0 * unavoidable).min(WORST * scale)),
+        };
         assert!(
-            apart <= (TOLERANCE * scale).max(8.0 * unavoidable),
-            "{spec:?} {size:?} {mode:?}: {name} is off by {:.2e}, the reference in f32 by {:.2e}",
-            apart / scale,
-            unavoidable / scale
+            apart <= bound,
+            "{spec:?} {size:?} {mode:?}: {name} is off by {apart:.2e}, more than {bound:.2e}; its norm is {scale:.2e}, \
+             the reference in f32 is off by {unavoidable:.2e}"
         );
     }
     Ok(())
+}
+
+/// The norm of what cancels in the gradient of a convolution with one weight `w` for each channel: with statistics that do not follow
+/// the weight, the gradient would be that of batch norm's scale, times the scale, divided by `w`.
+fn cancelled(
+    spec: &Spec,
+    [_, height, width]: [usize; 3],
+    name: &str,
+    values: &BTreeMap<String, Tensor>,
+    exact: &Results,
+) -> Option<f64> {
+    let Spec::ConvBn { geometry, .. } = spec else { return None };
+    // Of a kernel around the only pixel of an image, one tap counts.
+    let taps = if height * width == 1 { 1 } else { geometry.kernel * geometry.kernel };
+    if name != "gradient of conv.weight" || geometry.channels_per_group() * taps > 1 {
+        return None;
+    }
+    let area = geometry.kernel * geometry.kernel;
+    let weights = flat(&values["conv.weight"]).into_iter().skip(area / 2).step_by(area);
+    let scales = flat(&values["conv.bn.weight"]).into_iter().zip(flat(&exact["gradient of conv.bn.weight"]));
+    let terms: Vec<f64> = scales.zip(weights).map(|((scale, gradient), weight)| scale * gradient / weight).collect();
+    Some(norm(&terms))
 }
 
 /// In training with one group and with two, where the batch can be cut, and in evaluation mode.
@@ -207,6 +245,10 @@ pub(crate) fn sizes_that_are_cut_into_several_pieces() -> TestResult {
         (Geometry::same(3, 32, 3, 2), [2, 64, 60]),
         (Geometry::depthwise(240, 5, 1), [2, 28, 28]),
         (Geometry::depthwise(600, 3, 2), [2, 14, 14]),
+        (Geometry::same(320, 272, 3, 1), [3, 7, 7]),
+        (Geometry::same(200, 330, 3, 2), [2, 9, 8]),
+        (Geometry::same(520, 260, 1, 1), [3, 7, 7]),
+        (Geometry::same(260, 512, 1, 2), [2, 8, 9]),
     ] {
         agree_in_all_modes(&Spec::ConvBn { geometry, act: Activation::Relu, residual: false }, size, 600)?;
     }
@@ -222,7 +264,12 @@ pub(crate) fn residual_blocks() -> TestResult {
             agree_in_all_modes(&Spec::Bottleneck { inputs, width: 10, outputs, stride }, size, seed)?;
         }
     }
-    agree_in_all_modes(&Spec::Stem { channels: 20 }, [2, 33, 30], 790)
+    agree_in_all_modes(&Spec::BasicBlock { inputs: 264, outputs: 264, stride: 1 }, [2, 4, 4], 780)?;
+    agree_in_all_modes(&Spec::Bottleneck { inputs: 260, width: 70, outputs: 520, stride: 2 }, [2, 6, 5], 781)?;
+    for (channels, size, seed) in [(20, [2, 33, 30], 790), (1, [3, 9, 8], 791), (64, [2, 64, 61], 792)] {
+        agree_in_all_modes(&Spec::Stem { channels }, size, seed)?;
+    }
+    Ok(())
 }
 
 pub(crate) fn inverted_residual_blocks() -> TestResult {
@@ -244,7 +291,11 @@ pub(crate) fn inverted_residual_blocks() -> TestResult {
             }
         }
     }
-    Ok(())
+    let wide = |channels| Geometry::depthwise(channels, 5, 1);
+    agree_in_all_modes(&Spec::mb_conv([112, 6, 112], wide, Activation::Silu, Some(silu)), [2, 7, 7], 990)?;
+    // Images that are widened a few rows at a time in evaluation mode.
+    let high = |channels| Geometry::depthwise(channels, 3, 2);
+    agree_in_all_modes(&Spec::mb_conv([16, 6, 24], high, Activation::Silu, Some(silu)), [1, 41, 37], 991)
 }
 
 pub(crate) fn pools_and_rows() -> TestResult {
@@ -256,7 +307,7 @@ pub(crate) fn pools_and_rows() -> TestResult {
             agree(&Spec::GlobalAveragePool { channels }, size, TRAIN, seed)?;
         }
     }
-    for (batch, inputs, outputs) in [(1, 1, 1), (4, 7, 5), (5, 33, 100), (32, 300, 128)] {
+    for (batch, inputs, outputs) in [(1, 1, 1), (4, 7, 5), (5, 33, 100), (3, 70, 500), (32, 300, 128)] {
         for act in ACTIVATIONS {
             seed += 1;
             agree(&Spec::Linear { inputs, outputs, act }, [batch, 0, 0], TRAIN, seed)?;
@@ -267,69 +318,6 @@ pub(crate) fn pools_and_rows() -> TestResult {
     for (batch, width, queue) in [(1, 3, 1), (4, 8, 5), (7, 20, 333), (32, 128, 3000)] {
         let spec = Spec::InfoNce { width, queue, temperature: (width as f64).sqrt() };
         agree(&spec, [batch, 0, 0], TRAIN, 1100 + queue as u64)?;
-    }
-    Ok(())
-}
-
-pub(crate) fn nan_is_never_lost() -> TestResult {
-    let specs = ACTIVATIONS
-        .map(|act| Spec::ConvBn { geometry: Geometry::same(4, 18, 1, 1), act, residual: false })
-        .into_iter()
-        .chain(ACTIVATIONS.map(|act| Spec::Linear { inputs: 4, outputs: 18, act }))
-        .chain([Spec::MaxPool { channels: 4 }, Spec::GlobalAveragePool { channels: 4 }]);
-    for spec in specs {
-        let (block, store) = spec.build(DType::F32)?;
-        store.load(&drawn(&store, 1)?)?;
-        let shape = spec.input_shape([1, 3, 3]);
-        let mut values = vec![0.5f32; shape.iter().product()];
-        values[0] = f32::NAN;
-        let xs = Tensor::from_vec(values, shape, &Device::Cpu)?;
-        let out = block.forward(&xs, &[], &pass(Engine::Cpu, Mode::Eval))?;
-        let first: f32 = out.flatten_all()?.get(0)?.to_scalar()?;
-        assert!(first.is_nan(), "{spec:?} gives {first}");
-        assert!(!norm(&crate::support::flat(&out)).is_finite(), "{spec:?}");
-    }
-    Ok(())
-}
-
-pub(crate) fn all_gradients_have_the_same_bits_at_any_thread_count() -> TestResult {
-    let squeeze = Squeeze { channels: 3, act: Activation::Silu, gate: Gate::Sigmoid };
-    let specs = [
-        Spec::ConvBn { geometry: Geometry::same(20, 40, 3, 1), act: Activation::Relu, residual: true },
-        Spec::ConvBn { geometry: Geometry::same(20, 40, 5, 2), act: Activation::Relu, residual: false },
-        Spec::Stem { channels: 20 },
-        Spec::BasicBlock { inputs: 20, outputs: 20, stride: 1 },
-        Spec::Bottleneck { inputs: 20, width: 9, outputs: 30, stride: 2 },
-        Spec::mb_conv([12, 4, 12], |c| Geometry::depthwise(c, 5, 1), Activation::Silu, Some(squeeze)),
-        Spec::mb_conv([12, 1, 16], |c| Geometry::depthwise(c, 3, 2), Activation::HardSwish, None),
-        Spec::ProjectionHead { inputs: 70, hidden: 90, outputs: 40 },
-        Spec::L2Normalise { width: 40 },
-        Spec::InfoNce { width: 40, queue: 5000, temperature: 6.0 },
-    ];
-    for spec in specs {
-        let channels = spec.input_shape([6, 20, 18]);
-        let xs = normal(&channels, 3)?;
-        let extras: Vec<Tensor> =
-            spec.extra_shapes([6, 20, 18]).iter().map(|shape| normal(shape, 4)).collect::<Result<_, _>>()?;
-        for mode in [TRAIN, GROUPS, Mode::Eval] {
-            let mut first: Option<Results> = None;
-            for threads in [1, 2, 3, 5] {
-                let (block, store) = spec.build(DType::F32)?;
-                store.load(&drawn(&store, 5)?)?;
-                let results =
-                    shared::cli::with_threads(Some(threads), || run(&block, &store, &xs, &extras, Engine::Cpu, mode))?;
-                let Some(first) = &first else {
-                    first = Some(results);
-                    continue;
-                };
-                for (name, expected) in first {
-                    let bits = |tensor: &Tensor| -> Result<Vec<u32>, candle_core::Error> {
-                        Ok(tensor.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
-                    };
-                    assert_eq!(bits(expected)?, bits(&results[name])?, "{spec:?} {mode:?} {threads} threads: {name}");
-                }
-            }
-        }
     }
     Ok(())
 }
