@@ -114,7 +114,9 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
 }
 
 fn divisor(row: &[f32]) -> f32 {
-    (dot(row, row).sqrt() as f32).max(MIN_NORM)
+    let norm = dot(row, row).sqrt() as f32;
+    // NaN stays.
+    if norm < MIN_NORM { MIN_NORM } else { norm }
 }
 
 /// Rows divided by their length.
