@@ -266,3 +266,25 @@ fn resume(
     state.load(checkpoint, progressed.queue_pointer)?;
     Ok((step, progressed))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_checkpoint_need_not_name_its_instruction_set() {
+        let named = Progressed {
+            epoch: 1,
+            position: 2,
+            queue_pointer: 3,
+            last_epoch: None,
+            metrics: LogPosition { bytes: 4, blake3: String::new() },
+            epoch_sums: EpochSums::default(),
+            isa: Some(Isa::Portable),
+        };
+        let mut json = serde_json::to_value(&named).unwrap();
+        assert_eq!(serde_json::from_value::<Progressed>(json.clone()).unwrap(), named);
+        assert!(json.as_object_mut().unwrap().remove("isa").is_some());
+        assert_eq!(serde_json::from_value::<Progressed>(json).unwrap(), Progressed { isa: None, ..named });
+    }
+}
