@@ -29,6 +29,7 @@ fn every_instruction_set_agrees_with_the_reference() -> TestResult {
             twins::every_activation_with_and_without_a_residual,
             twins::depthwise_convolutions_at_odd_sizes,
             twins::one_pixel,
+            twins::small_and_thin_images,
             twins::sizes_that_are_cut_into_several_pieces,
             twins::residual_blocks,
             twins::inverted_residual_blocks,

@@ -47,6 +47,11 @@ fn one_pixel() -> TestResult {
 }
 
 #[test]
+fn small_and_thin_images() -> TestResult {
+    twins::small_and_thin_images()
+}
+
+#[test]
 fn sizes_that_are_cut_into_several_pieces() -> TestResult {
     twins::sizes_that_are_cut_into_several_pieces()
 }

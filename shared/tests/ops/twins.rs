@@ -235,6 +235,41 @@ pub(crate) fn one_pixel() -> TestResult {
     agree(&Spec::GlobalAveragePool { channels: 3 }, [2, 1, 1], TRAIN, 511)
 }
 
+/// 3x3 kernels over images that fill too little of the tiles of fast convolutions, and images of one row or column under every kernel.
+pub(crate) fn small_and_thin_images() -> TestResult {
+    let mut seed = 520;
+    for size in [[4, 2, 2], [2, 1, 9], [3, 13, 1], [5, 2, 5], [4, 5, 2]] {
+        for [inputs, outputs] in [[8, 16], [21, 40], [270, 300]] {
+            seed += 1;
+            let act = ACTIVATIONS[seed as usize % ACTIVATIONS.len()];
+            let geometry = Geometry::same(inputs, outputs, 3, 1);
+            agree_in_all_modes(&Spec::ConvBn { geometry, act, residual: seed % 2 == 0 }, size, seed)?;
+        }
+    }
+    for size in [[4, 1, 9], [2, 13, 1]] {
+        for kernel in [1, 3, 5, 7] {
+            for stride in [1, 2] {
+                for padded in [|geometry| geometry, same_padding] {
+                    for geometry in
+                        [Geometry::same(6, 20, kernel, stride), Geometry::depthwise(18, kernel.max(3), stride)]
+                    {
+                        seed += 1;
+                        let spec = Spec::ConvBn { geometry: padded(geometry), act: Activation::Silu, residual: false };
+                        agree_in_all_modes(&spec, size, seed)?;
+                    }
+                }
+            }
+        }
+        agree_in_all_modes(&Spec::Stem { channels: 18 }, size, seed)?;
+        agree(&Spec::MaxPool { channels: 18 }, size, TRAIN, seed)?;
+        let silu = Squeeze { channels: 3, act: Activation::Silu, gate: Gate::Sigmoid };
+        let inside = |channels| Geometry::depthwise(channels, 5, 1);
+        agree_in_all_modes(&Spec::mb_conv([6, 4, 6], inside, Activation::Silu, Some(silu)), size, seed)?;
+    }
+    agree_in_all_modes(&Spec::BasicBlock { inputs: 20, outputs: 36, stride: 2 }, [4, 4, 3], 590)?;
+    agree_in_all_modes(&Spec::BasicBlock { inputs: 260, outputs: 260, stride: 1 }, [4, 2, 2], 591)
+}
+
 pub(crate) fn sizes_that_are_cut_into_several_pieces() -> TestResult {
     for (geometry, size) in [
         (Geometry::same(64, 64, 3, 1), [2, 30, 29]),
