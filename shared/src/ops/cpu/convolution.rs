@@ -4,6 +4,7 @@ use super::flow::{Conv, Finish, Incoming, Outgoing, Source, Wanted};
 use super::norm::Statistics;
 use super::{depthwise, direct, pointwise, winograd};
 
+#[derive(Debug, PartialEq, Eq)]
 enum Kind {
     Pointwise,
     Depthwise,
@@ -58,5 +59,30 @@ pub(super) fn backward(
         Kind::Depthwise => depthwise::backward(conv, source, weight, incoming, wanted),
         Kind::Winograd => winograd::backward(conv, source, weight, incoming, wanted),
         Kind::Direct => direct::backward(conv, source, weight, incoming, wanted),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::Geometry;
+
+    #[test]
+    fn kernels_are_chosen_by_the_shape_of_an_image() {
+        for (geometry, height, width, expected) in [
+            (Geometry::same(16, 24, 1, 1), 9, 9, Kind::Pointwise),
+            (Geometry::same(16, 24, 1, 2), 9, 9, Kind::Direct),
+            (Geometry::depthwise(16, 3, 1), 9, 9, Kind::Depthwise),
+            (Geometry::same(16, 24, 3, 1), 4, 4, Kind::Winograd),
+            (Geometry::same(16, 24, 3, 1), 7, 7, Kind::Winograd),
+            (Geometry::same(16, 24, 3, 1), 2, 2, Kind::Direct),
+            (Geometry::same(16, 24, 3, 1), 1, 20, Kind::Direct),
+            (Geometry::same(3, 24, 3, 1), 56, 56, Kind::Direct),
+            (Geometry::same(16, 24, 3, 2), 56, 56, Kind::Direct),
+        ] {
+            for batch in [1, 32] {
+                assert_eq!(kind(&Conv { geometry, batch, groups: 1, height, width }), expected, "{geometry:?}");
+            }
+        }
     }
 }
