@@ -82,8 +82,11 @@ fn initial_values_depend_on_seed_and_name_only() -> TestResult {
 
 #[test]
 fn all_architectures_have_the_papers_parameters() -> TestResult {
-    // sum(p.numel() for p in timm.create_model(name, num_classes=0).parameters())
-    let counts = [11_176_512, 21_284_672, 23_508_032, 42_500_160, 58_143_808, 4_007_548, 4_202_032];
+    // sum(p.numel() for p in timm.create_model(name, num_classes=0).parameters()); the sixth from SwAV's resnet50w2
+    let counts = [
+        11_176_512, 21_284_672, 23_508_032, 42_500_160, 58_143_808, 93_907_072, 4_007_548, 6_513_184, 4_202_032,
+        3_371_008, 4_135_680, 4_811_072, 6_916_096, 11_725_568,
+    ];
     assert_eq!(counts.len(), Arch::ALL.len());
     for (arch, expected) in Arch::ALL.into_iter().zip(counts) {
         let count: usize = names_and_shapes(arch, None)?

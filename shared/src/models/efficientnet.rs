@@ -1,17 +1,16 @@
-//! `EfficientNet`: a stem, seven stages of inverted residual blocks with squeeze-excite, a last widening, the mean over all pixels.
+//! `EfficientNet` and `EfficientNet`-Lite: a stem, seven stages of inverted residual blocks, a last widening, the mean over all pixels.
 //!
-//! Source: Tan and Le, arXiv 1905.11946, table 1, in timm's form (`efficientnet_b0`, not `tf_efficientnet_b0`): zeros on all sides of an
-//! image alike, and `PyTorch`'s batch norm. Names, shapes and initial values of all tensors are timm's.
+//! Source: Tan and Le, arXiv 1905.11946, table 1, in timm's forms. `efficientnet_b0` and `b1` (not `tf_efficientnet_b0`) have squeeze-excite,
+//! `SiLU`, zeros on all sides of an image alike and `PyTorch`'s batch norm. `tf_efficientnet_lite0` to `4` have `ReLU6` instead of `SiLU`, no
+//! squeeze-excite, and `TensorFlow`'s padding and batch norm; scaling leaves their stem and last widening as they are, and the depth
+//! of their first and last stage. Names, shapes and initial values of all tensors are timm's.
 //!
 //! Neither dropout nor stochastic depth, as timm by default.
 
-use candle_core::Tensor;
-
-use super::inverted_residual::{BlockConfig, Squeeze};
+use super::inverted_residual::{BlockConfig, Flavour, Squeeze};
 use crate::Result;
-use crate::ops::{self, Activation, Builder, ConvBn, Gate, Geometry, MbConv, Pass};
+use crate::ops::{Activation, Builder, ConvBn, Gate, Geometry, Interpreter, MbConv};
 
-const ACT: Activation = Activation::Silu;
 const STEM_CHANNELS: usize = 32;
 const FEATURES: usize = 1280;
 /// Channels into a block over channels inside its squeeze-excite.
@@ -40,63 +39,87 @@ const STAGES: [Stage; 7] = [
     stage(1, 3, 1, 6, 320),
 ];
 
+/// Which member of the family.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Scaling {
+    /// Channels of the stages over B0's.
+    width: f64,
+    /// Blocks of the stages over B0's.
+    depth: f64,
+    lite: bool,
+}
+
+impl Scaling {
+    /// B0 is depth 1.0, B1 is 1.1; both have width 1.0.
+    pub(super) fn b(depth: f64) -> Self {
+        Self { width: 1.0, depth, lite: false }
+    }
+
+    /// Lite0 is 1.0, 1.0; Lite4 is 1.4, 1.8.
+    pub(super) fn lite(width: f64, depth: f64) -> Self {
+        Self { width, depth, lite: true }
+    }
+
+    /// Scaled channels, a multiple of 8, never less than nine tenths of what is asked for (timm's `round_channels`).
+    fn channels(self, channels: usize) -> usize {
+        let wanted = channels as f64 * self.width;
+        let rounded = ((wanted + 4.0) / 8.0).floor().max(1.0) * 8.0;
+        (if rounded < 0.9 * wanted { rounded + 8.0 } else { rounded }) as usize
+    }
+
+    fn blocks(self, stage: usize) -> usize {
+        let fixed = self.lite && (stage == 0 || stage + 1 == STAGES.len());
+        let depth = if fixed { 1.0 } else { self.depth };
+        (STAGES[stage].blocks as f64 * depth).ceil() as usize
+    }
+}
+
 /// The backbone, without a classifier.
 #[derive(Debug, Clone)]
 pub(super) struct EfficientNet {
     stem: ConvBn,
     blocks: Vec<MbConv>,
     head: ConvBn,
+    act: Activation,
 }
 
 impl EfficientNet {
-    /// The network whose stages have `depth` times as many blocks as B0's, rounded up: 1.0 is B0, 1.1 is B1.
-    pub(super) fn new(builder: &mut Builder, depth: f64) -> Result<Self> {
-        let stem = builder.conv_bn("conv_stem", "bn1", Geometry::same(3, STEM_CHANNELS, 3, 2))?;
+    /// A network of the family.
+    pub(super) fn new(builder: &mut Builder, scaling: &Scaling) -> Result<Self> {
+        let (act, flavour) =
+            if scaling.lite { (Activation::Relu6, Flavour::TensorFlow) } else { (Activation::Silu, Flavour::PyTorch) };
+        let stem = flavour.conv_bn(builder, "conv_stem", "bn1", Geometry::same(3, STEM_CHANNELS, 3, 2))?;
         let mut blocks = Vec::new();
         let mut inputs = STEM_CHANNELS;
         for (index, stage) in STAGES.iter().enumerate() {
-            for block in 0..(stage.blocks as f64 * depth).ceil() as usize {
+            let outputs = scaling.channels(stage.outputs);
+            for block in 0..scaling.blocks(index) {
+                let squeeze = Squeeze { channels: inputs / SQUEEZE, act, gate: Gate::Sigmoid };
                 let config = BlockConfig {
                     inputs,
                     expanded: (stage.expansion > 1).then_some(inputs * stage.expansion),
-                    outputs: stage.outputs,
+                    outputs,
                     kernel: stage.kernel,
                     stride: if block == 0 { stage.stride } else { 1 },
-                    act: ACT,
-                    squeeze: Some(Squeeze { channels: inputs / SQUEEZE, act: ACT, gate: Gate::Sigmoid }),
+                    act,
+                    squeeze: (!scaling.lite).then_some(squeeze),
+                    flavour,
                 };
                 blocks.push(config.build(builder, &format!("blocks.{index}.{block}"))?);
-                inputs = stage.outputs;
+                inputs = outputs;
             }
         }
-        let head = builder.conv_bn("conv_head", "bn2", Geometry::same(inputs, FEATURES, 1, 1))?;
-        Ok(Self { stem, blocks, head })
+        let head = flavour.conv_bn(builder, "conv_head", "bn2", Geometry::same(inputs, FEATURES, 1, 1))?;
+        Ok(Self { stem, blocks, head, act })
     }
 
     /// `(B, H, W, 3)` to `(B, F)`.
-    pub(super) fn forward(&self, xs: &Tensor, pass: &Pass) -> Result<Tensor> {
-        let mut xs = ops::conv_bn(xs, &self.stem, None, ACT, pass)?; // (B, H/2, W/2, 32)
+    pub(super) fn forward<I: Interpreter>(&self, run: &mut I, xs: &I::Value) -> Result<I::Value> {
+        let mut xs = run.conv_bn(xs, &self.stem, None, self.act)?; // (B, H/2, W/2, 32)
         for block in &self.blocks {
-            xs = ops::mb_conv(&xs, block, pass)?;
+            xs = run.mb_conv(&xs, block)?;
         }
-        let xs = ops::conv_bn(&xs, &self.head, None, ACT, pass)?; // (B, H/32, W/32, F)
-        ops::global_average_pool(&xs, pass)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Parameters without running statistics: `sum(p.numel() for p in timm.create_model(name, num_classes=0).parameters())`.
-    #[test]
-    fn depth_tells_b0_from_b1() {
-        for (depth, expected) in [(1.0, 4_007_548), (1.1, 6_513_184)] {
-            let mut builder = Builder::describing();
-            EfficientNet::new(&mut builder, depth).unwrap();
-            let named = builder.finish(0).unwrap().names_and_shapes();
-            let trainable = named.iter().filter(|(name, _)| !name.contains("running") && !name.contains("tracked"));
-            assert_eq!(trainable.map(|(_, shape)| shape.iter().product::<usize>()).sum::<usize>(), expected);
-        }
+        let xs = run.conv_bn(&xs, &self.head, None, self.act)?; // (B, H/32, W/32, F)
+        run.global_average_pool(&xs)
     }
 }

@@ -3,7 +3,10 @@
 //! Source: timm's `InvertedResidual` and `DepthwiseSeparableConv` (the block without expansion), `_efficientnet_blocks.py`.
 
 use crate::Result;
-use crate::ops::{Activation, Builder, Gate, Geometry, MbConv, SqueezeExcite};
+use crate::ops::{Activation, Builder, ConvBn, Gate, Geometry, MbConv, Padding, SqueezeExcite};
+
+/// `BN_EPS_TF_DEFAULT` of timm.
+const TENSORFLOW_EPS: f64 = 1e-3;
 
 /// The numbers of one block.
 #[derive(Debug, Clone, Copy)]
@@ -22,6 +25,34 @@ pub(super) struct BlockConfig {
     pub(super) act: Activation,
     /// Squeeze-excite, if there is one.
     pub(super) squeeze: Option<Squeeze>,
+    /// Padding and batch norm.
+    pub(super) flavour: Flavour,
+}
+
+/// Where a network was first trained, which its padding and its batch norms show.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Flavour {
+    /// Zeros on all sides alike, 1e-5 added to variances.
+    PyTorch,
+    /// `SAME` padding, 1e-3 added to variances.
+    TensorFlow,
+}
+
+impl Flavour {
+    /// Declares a convolution and its batch norm.
+    ///
+    /// # Errors
+    /// A name that is taken, or a tensor operation that fails.
+    pub(super) fn conv_bn(self, builder: &mut Builder, conv: &str, norm: &str, geometry: Geometry) -> Result<ConvBn> {
+        match self {
+            Self::PyTorch => builder.conv_bn(conv, norm, geometry),
+            Self::TensorFlow => {
+                let mut layer = builder.conv_bn(conv, norm, geometry.with_padding(Padding::Same))?;
+                layer.norm.eps = TENSORFLOW_EPS;
+                Ok(layer)
+            }
+        }
+    }
 }
 
 /// The numbers of squeeze-excite.
@@ -41,9 +72,9 @@ impl BlockConfig {
     /// # Errors
     /// A name that is taken, or a tensor operation that fails.
     pub(super) fn build(self, builder: &mut Builder, name: &str) -> Result<MbConv> {
-        let Self { inputs, expanded, outputs, kernel, stride, act, squeeze } = self;
+        let Self { inputs, expanded, outputs, kernel, stride, act, squeeze, flavour } = self;
         let mut layer = |conv: &str, norm: &str, geometry: Geometry| {
-            builder.conv_bn(&format!("{name}.{conv}"), &format!("{name}.{norm}"), geometry)
+            flavour.conv_bn(builder, &format!("{name}.{conv}"), &format!("{name}.{norm}"), geometry)
         };
         let inner = expanded.unwrap_or(inputs);
         let wide = Geometry::depthwise(inner, kernel, stride);

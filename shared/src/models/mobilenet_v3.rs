@@ -4,11 +4,9 @@
 //! has a bias and no batch norm, and squeeze-excite narrows to a quarter of the expanded channels, rounded to a multiple of 8.
 //! Names, shapes and initial values of all tensors are timm's.
 
-use candle_core::Tensor;
-
-use super::inverted_residual::{BlockConfig, Squeeze};
+use super::inverted_residual::{BlockConfig, Flavour, Squeeze};
 use crate::Result;
-use crate::ops::{self, Activation, Builder, ConvBn, Gate, Geometry, Linear, MbConv, Pass};
+use crate::ops::{Activation, Builder, ConvBn, Gate, Geometry, Interpreter, Linear, MbConv};
 
 const STEM_CHANNELS: usize = 16;
 const LAST_CHANNELS: usize = 960;
@@ -82,7 +80,8 @@ impl MobileNetV3 {
             for (index, &Block { kernel, stride, expanded, outputs, squeeze, act }) in stage_blocks.iter().enumerate() {
                 let squeeze =
                     squeeze.map(|channels| Squeeze { channels, act: Activation::Relu, gate: Gate::HardSigmoid });
-                let config = BlockConfig { inputs, expanded, outputs, kernel, stride, act, squeeze };
+                let config =
+                    BlockConfig { inputs, expanded, outputs, kernel, stride, act, squeeze, flavour: Flavour::PyTorch };
                 blocks.push(config.build(builder, &format!("blocks.{stage}.{index}"))?);
                 inputs = outputs;
             }
@@ -95,13 +94,13 @@ impl MobileNetV3 {
     }
 
     /// `(B, H, W, 3)` to `(B, F)`.
-    pub(super) fn forward(&self, xs: &Tensor, pass: &Pass) -> Result<Tensor> {
-        let mut xs = ops::conv_bn(xs, &self.stem, None, Activation::HardSwish, pass)?; // (B, H/2, W/2, 16)
+    pub(super) fn forward<I: Interpreter>(&self, run: &mut I, xs: &I::Value) -> Result<I::Value> {
+        let mut xs = run.conv_bn(xs, &self.stem, None, Activation::HardSwish)?; // (B, H/2, W/2, 16)
         for block in &self.blocks {
-            xs = ops::mb_conv(&xs, block, pass)?;
+            xs = run.mb_conv(&xs, block)?;
         }
-        let xs = ops::conv_bn(&xs, &self.last, None, Activation::HardSwish, pass)?; // (B, H/32, W/32, 960)
-        let pooled = ops::global_average_pool(&xs, pass)?;
-        ops::linear(&pooled, &self.head, Activation::HardSwish, pass)
+        let xs = run.conv_bn(&xs, &self.last, None, Activation::HardSwish)?; // (B, H/32, W/32, 960)
+        let pooled = run.global_average_pool(&xs)?;
+        run.linear(&pooled, &self.head, Activation::HardSwish)
     }
 }

@@ -3,100 +3,21 @@
 //! An [`Encoder`] is a backbone with or without a projection head. Features are the pooled rows before the head, embeddings
 //! the rows of unit length after it.
 
+mod arch;
 mod efficientnet;
 mod inverted_residual;
 mod mobilenet_v3;
 mod resnet;
 
-use std::fmt;
-use std::str::FromStr;
-
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::ops::{self, Builder, Engine, Mode, ParameterStore, Pass, ProjectionHead};
+pub use self::arch::Arch;
+use self::efficientnet::{EfficientNet, Scaling};
+use self::mobilenet_v3::MobileNetV3;
+use self::resnet::ResNet;
+use crate::ops::{self, Builder, Engine, Interpreter, Mode, ParameterStore, Pass, ProjectionHead};
 use crate::{Error, Result};
-use efficientnet::EfficientNet;
-use mobilenet_v3::MobileNetV3;
-use resnet::ResNet;
-
-/// The architecture of a backbone.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-#[value(rename_all = "lower")]
-#[non_exhaustive]
-pub enum Arch {
-    /// 11.2 million parameters, 512 features.
-    ResNet18,
-    /// 21.3 million parameters, 512 features.
-    ResNet34,
-    /// 23.5 million parameters, 2048 features.
-    ResNet50,
-    /// 42.5 million parameters, 2048 features.
-    ResNet101,
-    /// 58.1 million parameters, 2048 features.
-    ResNet152,
-    /// 4.0 million parameters, 1280 features.
-    #[serde(rename = "efficientnet_b0")]
-    #[value(name = "efficientnet_b0")]
-    EfficientNetB0,
-    /// 4.2 million parameters, 1280 features.
-    #[serde(rename = "mobilenetv3_large_100")]
-    #[value(name = "mobilenetv3_large_100")]
-    MobileNetV3Large,
-}
-
-impl Arch {
-    /// All architectures.
-    pub const ALL: [Self; 7] = [
-        Self::ResNet18,
-        Self::ResNet34,
-        Self::ResNet50,
-        Self::ResNet101,
-        Self::ResNet152,
-        Self::EfficientNetB0,
-        Self::MobileNetV3Large,
-    ];
-
-    /// The name in flags, files and timm: `resnet18`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::ResNet18 => "resnet18",
-            Self::ResNet34 => "resnet34",
-            Self::ResNet50 => "resnet50",
-            Self::ResNet101 => "resnet101",
-            Self::ResNet152 => "resnet152",
-            Self::EfficientNetB0 => "efficientnet_b0",
-            Self::MobileNetV3Large => "mobilenetv3_large_100",
-        }
-    }
-
-    /// `F`, the width of the pooled features.
-    pub fn feature_width(self) -> usize {
-        match self {
-            Self::ResNet18 | Self::ResNet34 => 512,
-            Self::EfficientNetB0 | Self::MobileNetV3Large => 1280,
-            Self::ResNet50 | Self::ResNet101 | Self::ResNet152 => 2048,
-        }
-    }
-}
-
-impl fmt::Display for Arch {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl FromStr for Arch {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self> {
-        Self::ALL.into_iter().find(|arch| arch.name() == name).ok_or_else(|| {
-            let known: Vec<&str> = Self::ALL.iter().map(|arch| arch.name()).collect();
-            Error::usage(format!("`{name}` is no known architecture, these are: {}", known.join(", ")))
-        })
-    }
-}
 
 /// The widths of a projection head: linear, `ReLU`, linear, named `fc.0` and `fc.2` as `MoCo` v2's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -130,20 +51,27 @@ impl Backbone {
         Ok(match arch {
             Arch::ResNet18 => Self::ResNet(ResNet::basic(builder, [2, 2, 2, 2])?),
             Arch::ResNet34 => Self::ResNet(ResNet::basic(builder, [3, 4, 6, 3])?),
-            Arch::ResNet50 => Self::ResNet(ResNet::bottleneck(builder, [3, 4, 6, 3])?),
-            Arch::ResNet101 => Self::ResNet(ResNet::bottleneck(builder, [3, 4, 23, 3])?),
-            Arch::ResNet152 => Self::ResNet(ResNet::bottleneck(builder, [3, 8, 36, 3])?),
-            Arch::EfficientNetB0 => Self::EfficientNet(EfficientNet::new(builder, 1.0)?),
+            Arch::ResNet50 => Self::ResNet(ResNet::bottleneck(builder, [3, 4, 6, 3], 1)?),
+            Arch::ResNet101 => Self::ResNet(ResNet::bottleneck(builder, [3, 4, 23, 3], 1)?),
+            Arch::ResNet152 => Self::ResNet(ResNet::bottleneck(builder, [3, 8, 36, 3], 1)?),
+            Arch::ResNet50W2 => Self::ResNet(ResNet::bottleneck(builder, [3, 4, 6, 3], 2)?),
+            Arch::EfficientNetB0 => Self::EfficientNet(EfficientNet::new(builder, &Scaling::b(1.0))?),
+            Arch::EfficientNetB1 => Self::EfficientNet(EfficientNet::new(builder, &Scaling::b(1.1))?),
+            Arch::EfficientNetLite0 => Self::EfficientNet(EfficientNet::new(builder, &Scaling::lite(1.0, 1.0))?),
+            Arch::EfficientNetLite1 => Self::EfficientNet(EfficientNet::new(builder, &Scaling::lite(1.0, 1.1))?),
+            Arch::EfficientNetLite2 => Self::EfficientNet(EfficientNet::new(builder, &Scaling::lite(1.1, 1.2))?),
+            Arch::EfficientNetLite3 => Self::EfficientNet(EfficientNet::new(builder, &Scaling::lite(1.2, 1.4))?),
+            Arch::EfficientNetLite4 => Self::EfficientNet(EfficientNet::new(builder, &Scaling::lite(1.4, 1.8))?),
             Arch::MobileNetV3Large => Self::MobileNetV3(MobileNetV3::large(builder)?),
         })
     }
 
     /// `(B, H, W, 3)` to `(B, F)`.
-    fn forward(&self, xs: &Tensor, pass: &Pass) -> Result<Tensor> {
+    fn forward<I: Interpreter>(&self, run: &mut I, xs: &I::Value) -> Result<I::Value> {
         match self {
-            Self::ResNet(network) => network.forward(xs, pass),
-            Self::EfficientNet(network) => network.forward(xs, pass),
-            Self::MobileNetV3(network) => network.forward(xs, pass),
+            Self::ResNet(network) => network.forward(run, xs),
+            Self::EfficientNet(network) => network.forward(run, xs),
+            Self::MobileNetV3(network) => network.forward(run, xs),
         }
     }
 }
@@ -272,7 +200,7 @@ impl Encoder {
     /// # Errors
     /// `Error::Shape` for another shape; `Error::Invalid` when the batch cannot be cut into the batch norm groups.
     pub fn features(&self, xs: &Tensor, mode: Mode) -> Result<Tensor> {
-        self.layers.backbone.forward(xs, &self.pass(mode))
+        self.layers.backbone.forward(&mut self.pass(mode), xs)
     }
 
     /// Embeddings: the head applied to the features, rows of unit length.
@@ -287,9 +215,17 @@ impl Encoder {
         let Some(head) = &self.layers.head else {
             return Err(Error::invalid("the model has no projection head, so it has no embeddings", ""));
         };
-        let pass = self.pass(mode);
-        let features = self.layers.backbone.forward(xs, &pass)?;
+        let mut pass = self.pass(mode);
+        let features = self.layers.backbone.forward(&mut pass, xs)?;
         ops::l2_normalise(&ops::projection_head(&features, head, &pass)?, &pass)
+    }
+
+    /// Runs the backbone's definition by another interpreter, up to the pooled features.
+    ///
+    /// # Errors
+    /// What the interpreter meets.
+    pub fn interpret<I: Interpreter>(&self, run: &mut I, xs: &I::Value) -> Result<I::Value> {
+        self.layers.backbone.forward(run, xs)
     }
 
     fn pass(&self, mode: Mode) -> Pass {

@@ -5,10 +5,8 @@
 //!
 //! Initial values are torchvision's. timm differs in one thing: it starts the last batch norm of each block at scale 0.
 
-use candle_core::Tensor;
-
 use crate::Result;
-use crate::ops::{self, BasicBlock, Bottleneck, Builder, ConvBn, Geometry, Pass, Stem};
+use crate::ops::{BasicBlock, Bottleneck, Builder, ConvBn, Geometry, Interpreter, Stem};
 
 const STEM_CHANNELS: usize = 64;
 const STAGE_CHANNELS: [usize; 4] = [64, 128, 256, 512];
@@ -31,19 +29,21 @@ pub(super) struct ResNet {
 impl ResNet {
     /// `ResNet`-18 and 34, by the number of blocks in each stage.
     pub(super) fn basic(builder: &mut Builder, blocks_per_stage: [usize; 4]) -> Result<Self> {
-        Self::new(builder, blocks_per_stage, false)
+        Self::new(builder, blocks_per_stage, false, 1)
     }
 
-    /// `ResNet`-50 and deeper, by the number of blocks in each stage.
-    pub(super) fn bottleneck(builder: &mut Builder, blocks_per_stage: [usize; 4]) -> Result<Self> {
-        Self::new(builder, blocks_per_stage, true)
+    /// `ResNet`-50 and deeper, by the number of blocks in each stage; `widen` multiplies all channels, the stem's too, as `SwAV`'s
+    /// `resnet50w2` (`src/resnet50.py`; torchvision's `wide_resnet50_2` widens the inside of bottlenecks only).
+    pub(super) fn bottleneck(builder: &mut Builder, blocks_per_stage: [usize; 4], widen: usize) -> Result<Self> {
+        Self::new(builder, blocks_per_stage, true, widen)
     }
 
-    fn new(builder: &mut Builder, blocks_per_stage: [usize; 4], bottleneck: bool) -> Result<Self> {
-        let stem = Stem { conv: builder.conv_bn("conv1", "bn1", Geometry::same(3, STEM_CHANNELS, 7, 2))? };
+    fn new(builder: &mut Builder, blocks_per_stage: [usize; 4], bottleneck: bool, widen: usize) -> Result<Self> {
+        let mut channels = STEM_CHANNELS * widen;
+        let stem = Stem { conv: builder.conv_bn("conv1", "bn1", Geometry::same(3, channels, 7, 2))? };
         let mut blocks = Vec::new();
-        let mut channels = STEM_CHANNELS;
-        for (stage, (&width, count)) in STAGE_CHANNELS.iter().zip(blocks_per_stage).enumerate() {
+        for (stage, (width, count)) in STAGE_CHANNELS.iter().zip(blocks_per_stage).enumerate() {
+            let width = width * widen;
             for index in 0..count {
                 let stride = if stage > 0 && index == 0 { 2 } else { 1 };
                 let name = format!("layer{}.{index}", stage + 1);
@@ -60,15 +60,15 @@ impl ResNet {
     }
 
     /// `(B, H, W, 3)` to `(B, F)`.
-    pub(super) fn forward(&self, xs: &Tensor, pass: &Pass) -> Result<Tensor> {
-        let mut xs = ops::stem(xs, &self.stem, pass)?; // (B, H/4, W/4, 64)
+    pub(super) fn forward<I: Interpreter>(&self, run: &mut I, xs: &I::Value) -> Result<I::Value> {
+        let mut xs = run.stem(xs, &self.stem)?; // (B, H/4, W/4, 64)
         for block in &self.blocks {
             xs = match block {
-                Block::Basic(params) => ops::basic_block(&xs, params, pass)?,
-                Block::Bottleneck(params) => ops::bottleneck(&xs, params, pass)?,
+                Block::Basic(params) => run.basic_block(&xs, params)?,
+                Block::Bottleneck(params) => run.bottleneck(&xs, params)?,
             };
         }
-        ops::global_average_pool(&xs, pass) // (B, H/32, W/32, F) -> (B, F)
+        run.global_average_pool(&xs) // (B, H/32, W/32, F) -> (B, F)
     }
 }
 

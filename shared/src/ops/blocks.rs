@@ -2,6 +2,7 @@
 
 use candle_core::Tensor;
 
+use super::interpreter::composed;
 use super::parameter::{Activation, BasicBlock, Bottleneck, ConvBn, Linear, MbConv, ProjectionHead, Stem};
 use super::{Engine, Pass, cpu, reference, shape_error};
 use crate::Result;
@@ -51,7 +52,7 @@ pub fn stem(xs: &Tensor, params: &Stem, pass: &Pass) -> Result<Tensor> {
 /// As [`conv_bn`].
 pub fn basic_block(xs: &Tensor, params: &BasicBlock, pass: &Pass) -> Result<Tensor> {
     match pass.engine {
-        Engine::Reference => reference::basic_block(xs, params, pass),
+        Engine::Reference => composed::basic_block(&mut pass.clone(), xs, params),
         Engine::Cpu => cpu::block::basic_block(xs, params, pass),
     }
 }
@@ -66,7 +67,7 @@ pub fn basic_block(xs: &Tensor, params: &BasicBlock, pass: &Pass) -> Result<Tens
 /// As [`conv_bn`].
 pub fn bottleneck(xs: &Tensor, params: &Bottleneck, pass: &Pass) -> Result<Tensor> {
     match pass.engine {
-        Engine::Reference => reference::bottleneck(xs, params, pass),
+        Engine::Reference => composed::bottleneck(&mut pass.clone(), xs, params),
         Engine::Cpu => cpu::block::bottleneck(xs, params, pass),
     }
 }
@@ -84,7 +85,7 @@ pub fn bottleneck(xs: &Tensor, params: &Bottleneck, pass: &Pass) -> Result<Tenso
 /// Sandler et al., `MobileNetV2`, arXiv 1801.04381, section 3.3; with squeeze-excite as in `MobileNetV3`, arXiv 1905.02244, section 5.3.
 pub fn mb_conv(xs: &Tensor, params: &MbConv, pass: &Pass) -> Result<Tensor> {
     match pass.engine {
-        Engine::Reference => reference::mb_conv(xs, params, pass),
+        Engine::Reference => composed::mb_conv(&mut pass.clone(), xs, params),
         Engine::Cpu => cpu::block::mb_conv(xs, params, pass),
     }
 }

@@ -23,6 +23,7 @@
 mod allocator;
 mod blocks;
 mod cpu;
+mod interpreter;
 mod isa;
 mod parameter;
 pub mod reference;
@@ -33,6 +34,7 @@ pub use blocks::{
     basic_block, bottleneck, conv_bn, ema_in_place, global_average_pool, info_nce, l2_normalise, linear, max_pool,
     mb_conv, projection_head, sgd_in_place, stem,
 };
+pub use interpreter::Interpreter;
 pub use isa::{Isa, force_isa, isa};
 pub use parameter::{
     Activation, BasicBlock, BatchNorm, Bottleneck, Conv2d, ConvBn, Gate, Geometry, Init, Linear, MbConv, Padding,

@@ -78,23 +78,34 @@ pub enum Init {
 /// A trainable tensor or a buffer: a shared handle, cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Parameter {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    name: String,
     var: Var,
-    slot: Arc<Mutex<Option<Tensor>>>,
+    slot: Mutex<Option<Tensor>>,
 }
 
 impl Parameter {
-    pub(super) fn new(var: Var) -> Self {
-        Self { var, slot: Arc::default() }
+    pub(super) fn new(name: String, var: Var) -> Self {
+        Self { shared: Arc::new(Shared { name, var, slot: Mutex::default() }) }
+    }
+
+    /// The name in the model's [`crate::ops::ParameterStore`], `PyTorch`'s.
+    pub fn name(&self) -> &str {
+        &self.shared.name
     }
 
     /// The variable, in memory layout.
     pub fn var(&self) -> &Var {
-        &self.var
+        &self.shared.var
     }
 
     /// The value for a plain candle operation: tracked by candle when `record` is set.
     pub fn value(&self, record: bool) -> Tensor {
-        if record { self.var.as_tensor().clone() } else { self.var.as_detached_tensor() }
+        if record { self.var().as_tensor().clone() } else { self.var().as_detached_tensor() }
     }
 
     /// Adds a gradient, in memory layout, to what earlier operations of this backward pass left.
@@ -102,10 +113,10 @@ impl Parameter {
     /// # Errors
     /// A gradient of another shape than the parameter's.
     pub fn deposit(&self, gradient: Tensor) -> Result<()> {
-        if gradient.dims() != self.var.dims() {
-            return Err(super::shape_error("gradient", format!("{:?}", self.var.dims()), &gradient));
+        if gradient.dims() != self.var().dims() {
+            return Err(super::shape_error("gradient", format!("{:?}", self.var().dims()), &gradient));
         }
-        let mut slot = self.slot.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slot = self.shared.slot.lock().unwrap_or_else(PoisonError::into_inner);
         *slot = Some(match slot.take() {
             Some(sum) => {
                 super::blocks::add_in_place(&sum, &gradient)?;
@@ -117,7 +128,7 @@ impl Parameter {
     }
 
     pub(super) fn take_deposit(&self) -> Option<Tensor> {
-        self.slot.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.shared.slot.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 

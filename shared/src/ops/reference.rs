@@ -1,4 +1,4 @@
-//! Every block out of plain candle operations, on any device, in f32 or f64: what the other engines are checked against.
+//! Every primitive block out of plain candle operations, on any device, in f32 or f64: what the other engines are checked against.
 //!
 //! Gradients come from candle's own rules, through the parameters' variables. NaN is never lost: neither candle's `relu` nor
 //! its `maximum` keeps it, so choices are written as comparisons.
@@ -6,9 +6,7 @@
 use candle_core::{D, Tensor};
 
 use super::cpu::block::check_groups;
-use super::parameter::{
-    Activation, BasicBlock, BatchNorm, Bottleneck, Conv2d, ConvBn, Gate, Linear, MbConv, Parameter, SqueezeExcite,
-};
+use super::parameter::{Activation, BatchNorm, Conv2d, ConvBn, Gate, Linear, Parameter, SqueezeExcite};
 use super::{Mode, Pass};
 use crate::Result;
 
@@ -141,50 +139,6 @@ pub fn squeeze_excite(xs: &Tensor, params: &SqueezeExcite, pass: &Pass) -> Resul
     let few = linear(&means, &params.reduce, params.act, pass)?;
     let factors = gate(&linear(&few, &params.expand, Activation::Identity, pass)?, params.gate)?;
     Ok(xs.broadcast_mul(&factors.unsqueeze(1)?.unsqueeze(1)?)?)
-}
-
-/// See [`crate::ops::basic_block`].
-///
-/// # Errors
-/// As [`conv_bn`].
-pub fn basic_block(xs: &Tensor, params: &BasicBlock, pass: &Pass) -> Result<Tensor> {
-    let shortcut = shortcut(xs, params.downsample.as_ref(), pass)?;
-    let xs = conv_bn(xs, &params.conv1, None, Activation::Relu, pass)?;
-    conv_bn(&xs, &params.conv2, Some(&shortcut), Activation::Relu, pass)
-}
-
-/// See [`crate::ops::bottleneck`].
-///
-/// # Errors
-/// As [`conv_bn`].
-pub fn bottleneck(xs: &Tensor, params: &Bottleneck, pass: &Pass) -> Result<Tensor> {
-    let shortcut = shortcut(xs, params.downsample.as_ref(), pass)?;
-    let xs = conv_bn(xs, &params.conv1, None, Activation::Relu, pass)?;
-    let xs = conv_bn(&xs, &params.conv2, None, Activation::Relu, pass)?;
-    conv_bn(&xs, &params.conv3, Some(&shortcut), Activation::Relu, pass)
-}
-
-fn shortcut(xs: &Tensor, downsample: Option<&ConvBn>, pass: &Pass) -> Result<Tensor> {
-    match downsample {
-        Some(params) => conv_bn(xs, params, None, Activation::Identity, pass),
-        None => Ok(xs.clone()),
-    }
-}
-
-/// See [`crate::ops::mb_conv`].
-///
-/// # Errors
-/// As [`conv_bn`].
-pub fn mb_conv(xs: &Tensor, params: &MbConv, pass: &Pass) -> Result<Tensor> {
-    let mut inner = xs.clone();
-    if let Some(expand) = &params.expand {
-        inner = conv_bn(&inner, expand, None, params.act, pass)?;
-    }
-    inner = conv_bn(&inner, &params.depthwise, None, params.act, pass)?;
-    if let Some(squeeze_excite) = &params.squeeze_excite {
-        inner = self::squeeze_excite(&inner, squeeze_excite, pass)?;
-    }
-    conv_bn(&inner, &params.project, params.residual.then_some(xs), Activation::Identity, pass)
 }
 
 /// Batch norm over the last axis.

@@ -43,9 +43,10 @@ impl ParameterStore {
         self.entries.iter().filter(|(_, entry)| entry.trainable).map(|(name, entry)| (name.as_str(), &entry.parameter))
     }
 
-    /// The number of trainable values.
+    /// The number of trainable values, buffers left out.
     pub fn num_parameters(&self) -> usize {
-        self.parameters().map(|(_, parameter)| parameter.var().elem_count()).sum()
+        let trainable = self.entries.values().filter(|entry| entry.trainable);
+        trainable.map(|entry| entry.shape.iter().product::<usize>()).sum()
     }
 
     /// Copies of all parameters and buffers in file names and layouts.
@@ -357,7 +358,7 @@ impl Builder {
     ) -> Result<Parameter> {
         let dtype = if init == Init::Counter { DType::I64 } else { self.dtype };
         let memory_shape = if self.allocate { layout.memory_shape(shape) } else { vec![0] };
-        let parameter = Parameter::new(Var::zeros(memory_shape, dtype, &self.device)?);
+        let parameter = Parameter::new(name.clone(), Var::zeros(memory_shape, dtype, &self.device)?);
         let entry = Entry { parameter: parameter.clone(), shape: shape.to_vec(), layout, init, trainable };
         if self.store.entries.insert(name.clone(), entry).is_some() {
             return Err(Error::invalid(format!("tensor `{name}` is declared twice"), ""));
