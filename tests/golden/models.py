@@ -1,5 +1,5 @@
-"""Golden values of the networks in f64: the residual networks by torchvision (timm must agree on every name and shape), the
-others by timm.
+"""Golden values of the convolutional networks in f64: the residual networks by torchvision (timm must agree on every name and shape),
+the twice as wide one by torchvision's blocks put together as SwAV's `resnet50w2`, the others by timm.
 
 Written with Python 3.11.7, torch 2.15.0, torchvision 0.29.2, timm 1.0.31 on the CPU; the output states the versions. All
 weights and inputs come from formula.py, so there is no seed. Run: python tests/golden/models.py > tests/golden/models.json
@@ -17,19 +17,38 @@ import torchvision
 
 from formula import fingerprint, load_into, unit, unit_rows, values
 
-RESNETS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+RESNETS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet50w2"]
+OTHERS = ["efficientnet_b0", "efficientnet_b1", "mobilenetv3_large_100"] + [f"tf_efficientnet_lite{i}" for i in range(5)]
+# The usual size, and one that leaves an odd side after every stride.
+SIDES = [224, 75]
 HIDDEN, EMBEDDING = 48, 16
 # By how much the running variances of the formula are multiplied for the evaluation. Squeeze-excite halves the signal again and again:
 # with variances of 0.5 to 1, the features of two images in EfficientNet-B0 differ by 1e-4 only, with these by 0.2.
-VARIANCE_SCALES = {"efficientnet_b0": 0.625}
+VARIANCE_SCALES = {"efficientnet_b0": 0.625, "efficientnet_b1": 0.7}
 # The inputs of the training passes: see `training`.
 TRAINING_IMAGES = {"resnet18": "images 17", "efficientnet_b0": "images 1", "mobilenetv3_large_100": "images 69"}
+
+
+class ResNet50W2(torchvision.models.ResNet):
+    """Twice as many channels everywhere, in the stem too."""
+
+    def __init__(self):
+        block = torchvision.models.resnet.Bottleneck
+        super().__init__(block, [3, 4, 6, 3])
+        self.inplanes = 128
+        self.conv1 = nn.Conv2d(3, 128, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(128)
+        self.layer1 = self._make_layer(block, 128, 3)
+        self.layer2 = self._make_layer(block, 256, 4, stride=2)
+        self.layer3 = self._make_layer(block, 512, 6, stride=2)
+        self.layer4 = self._make_layer(block, 1024, 3, stride=2)
+        self.fc = nn.Linear(4096, 1000)
 
 
 def with_head(name):
     """A network with the projection head of MoCo v2, under the name that torchvision gives to the classifier of a ResNet."""
     if name in RESNETS:
-        model = getattr(torchvision.models, name)(weights=None)
+        model = ResNet50W2() if name == "resnet50w2" else getattr(torchvision.models, name)(weights=None)
         width = model.fc.in_features
     else:
         model = timm.create_model(name, num_classes=0)
@@ -61,17 +80,18 @@ def names_of(model):
     return {name: tuple(x.shape) for name, x in model.state_dict().items()}
 
 
-def evaluation(name, sides):
+def evaluation(name):
     model = with_head(name).eval()
     backbone = {key: shape for key, shape in names_of(model).items() if not key.startswith("fc.")}
-    assert backbone == names_of(timm.create_model(name, num_classes=0)), name
+    if name != "resnet50w2":
+        assert backbone == names_of(timm.create_model(name, num_classes=0)), name
     scale = VARIANCE_SCALES.get(name, 1.0)
     for key, variance in model.state_dict().items():
         if key.endswith("running_var"):
             variance.mul_(scale)  # in f32, as Rust does
     model.double()
     found = []
-    for side in sides:
+    for side in SIDES:
         with torch.no_grad():
             pooled = features(model, images("images", 2, side))
             embeddings = F.normalize(model.fc(pooled), dim=1)
@@ -120,10 +140,9 @@ def training(name):
 def main():
     torch.set_num_threads(1)
     versions = {module.__name__: module.__version__ for module in [torch, torchvision, timm, np]}
-    sides = {name: [64] for name in RESNETS} | {"efficientnet_b0": [64, 75], "mobilenetv3_large_100": [64, 75]}
     golden = {
         "versions": versions,
-        "evaluation": {name: evaluation(name, sides[name]) for name in sides},
+        "evaluation": {name: evaluation(name) for name in RESNETS + OTHERS},
         "training": {name: training(name) for name in TRAINING_IMAGES},
     }
     lists = re.compile(r"\[\s+([^\[\]{}]*?)\s+\]")

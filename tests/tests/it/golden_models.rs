@@ -103,19 +103,30 @@ fn is_residual(arch: Arch) -> bool {
     arch.name().starts_with("resnet")
 }
 
+fn is_lite(arch: Arch) -> bool {
+    arch.name().contains("_lite")
+}
+
 #[test]
 fn evaluated_residual_networks_are_torchvisions() -> Result<()> {
     evaluated_like_pytorch(is_residual, Engine::Cpu)
 }
 
+/// The smallest of each family: the reference is slow.
 #[test]
 fn evaluated_efficient_networks_are_timms_by_the_reference() -> Result<()> {
-    evaluated_like_pytorch(|arch| !is_residual(arch), Engine::Reference)
+    let smallest = [Arch::EfficientNetB0, Arch::MobileNetV3Large, Arch::EfficientNetLite0];
+    evaluated_like_pytorch(|arch| smallest.contains(&arch), Engine::Reference)
 }
 
 #[test]
 fn evaluated_efficient_networks_are_timms_by_the_cpu_engine() -> Result<()> {
-    evaluated_like_pytorch(|arch| !is_residual(arch), Engine::Cpu)
+    evaluated_like_pytorch(|arch| !is_residual(arch) && !is_lite(arch), Engine::Cpu)
+}
+
+#[test]
+fn evaluated_lite_networks_are_timms_by_the_cpu_engine() -> Result<()> {
+    evaluated_like_pytorch(is_lite, Engine::Cpu)
 }
 
 fn trained_like_pytorch(arch: Arch, engine: Engine) -> Result<()> {
