@@ -123,7 +123,7 @@ pub fn weights_of(manifest: &Manifest, run: &Path) -> Result<Input> {
     Ok(Input { role: WEIGHTS_ROLE.into(), path, fingerprint: file.blake3.clone() })
 }
 
-/// The backbone of a weight file, with the head that the file has; the architecture is told by its tensors unless given.
+/// The backbone of a weight file, without the head that the file may have; the architecture is told by its tensors unless given.
 fn load_backbone(path: &Path, arch: Option<Arch>) -> Result<Encoder> {
     let checkpoint = Checkpoint::open(path)?;
     let entries: Vec<(String, Vec<usize>)> =
@@ -139,7 +139,7 @@ fn load_backbone(path: &Path, arch: Option<Arch>) -> Result<Encoder> {
         ));
     };
     let tensors = fitted.load(&checkpoint)?;
-    let encoder = Encoder::new(fitted.arch, fitted.head_config(), 0)?;
+    let encoder = Encoder::new(fitted.arch, None, 0)?;
     encoder.store().load(&tensors)?;
     Ok(encoder)
 }

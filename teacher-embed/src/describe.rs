@@ -95,6 +95,17 @@ impl fmt::Display for Description {
                     first.matched,
                     if first.is_complete() { ", none is missing" } else { "" }
                 )?;
+                if let Some(head) = &first.head {
+                    writeln!(f, "head        {head}")?;
+                }
+                if !first.alike.is_empty() {
+                    let others: Vec<&str> = first.alike.iter().map(|method| method.name()).collect();
+                    writeln!(
+                        f,
+                        "alike       {}: such files look the same, and so do their embeddings",
+                        others.join(", ")
+                    )?;
+                }
                 for left in &first.left_over {
                     writeln!(f, "left over   {}: {} tensors", left.what, left.tensors)?;
                 }

@@ -2,13 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use serde::Serialize;
 use serde_json::{Value, json};
 use shared::io::hash_file;
 use shared::manifest::Input;
-use shared::models::{Arch, Encoder};
-use shared::ops::{self, Activation, Builder, Engine, Linear, Mode, Pass};
+use shared::models::{Arch, Encoder, MlpHead};
+use shared::ops::{self, Engine, Mode, Pass};
 use shared::run::Run;
 use shared::weights::names::{Method, Recognised, fit, recognise};
 use shared::weights::{Checkpoint, Entry};
@@ -30,12 +30,12 @@ pub struct Teacher {
 /// What is taken as the embedding.
 #[derive(Debug)]
 enum Output {
-    /// The encoder's own head.
-    Head,
+    /// The head of an encoder of our own.
+    OwnHead,
     /// The pooled features.
     Features,
-    /// One linear layer on them.
-    Linear(Linear),
+    /// The head of a checkpoint, on the pooled features.
+    Head(MlpHead),
 }
 
 /// What the manifest says about the teacher.
@@ -76,7 +76,7 @@ impl Teacher {
             ));
         }
         let (output, embedding_dim) = match (asked.1, head) {
-            (Method::MocoV2, Some(head)) => (Output::Head, head.embedding_dim),
+            (Method::MocoV2, Some(head)) => (Output::OwnHead, head.embedding_dim),
             _ => (Output::Features, asked.0.feature_width()),
         };
         let details = run.details();
@@ -89,23 +89,9 @@ impl Teacher {
     fn from_file(path: &Path, arch: Option<Arch>, method: Option<Method>, state_key: Option<&str>) -> Result<Self> {
         let checkpoint = Checkpoint::open_at(path, state_key)?;
         let fitted = choose(&checkpoint, arch, method)?;
-        let tensors = fitted.load(&checkpoint)?;
-        let encoder = Encoder::new(fitted.arch, fitted.head_config(), 0)?;
-        encoder.store().load(&tensors)?;
-        let output = match fitted.method {
-            Method::MocoV2 => Output::Head,
-            Method::MocoV1 => {
-                let layer = |name: &str| checkpoint.tensor(&format!("{}{name}", fitted.prefix));
-                let names = ["fc.weight", "fc.bias"];
-                let tensors =
-                    names.into_iter().map(|name| Ok((name.to_owned(), layer(name)?))).collect::<Result<_>>()?;
-                let mut builder = Builder::new(&Device::Cpu);
-                let linear = builder.linear("fc", fitted.arch.feature_width(), fitted.embedding_dim())?;
-                builder.finish_zeroed().load(&tensors)?;
-                Output::Linear(linear)
-            }
-            _ => Output::Features,
-        };
+        let encoder = Encoder::new(fitted.arch, None, 0)?;
+        encoder.store().load(&fitted.load(&checkpoint)?)?;
+        let output = fitted.load_head(&checkpoint)?.map_or(Output::Features, Output::Head);
         let description = TeacherDescription {
             arch: fitted.arch,
             method: fitted.method,
@@ -146,13 +132,9 @@ impl Teacher {
     /// [`Error::Invalid`] when a row has no direction: the weights hold numbers that are not finite, or are all zero.
     pub fn embeddings(&self, xs: &Tensor) -> Result<Vec<f32>> {
         let rows = match &self.output {
-            Output::Head => self.encoder.embeddings(xs, Mode::Eval)?,
+            Output::OwnHead => self.encoder.embeddings(xs, Mode::Eval)?,
             Output::Features => unit_rows(&self.encoder.features(xs, Mode::Eval)?)?,
-            Output::Linear(linear) => {
-                let features = self.encoder.features(xs, Mode::Eval)?;
-                let pass = Pass { mode: Mode::Eval, record: false, engine: Engine::for_device(xs.device()) };
-                unit_rows(&ops::linear(&features, linear, Activation::Identity, &pass)?)?
-            }
+            Output::Head(head) => unit_rows(&head.forward(&self.encoder.features(xs, Mode::Eval)?)?)?,
         };
         let rows = rows.flatten_all()?.to_vec1::<f32>()?;
         let dim = self.description.embedding_dim.max(1);
@@ -199,8 +181,7 @@ fn check_hash(run: &Run) -> Result<()> {
 
 /// Rows scaled to unit length.
 fn unit_rows(rows: &Tensor) -> Result<Tensor> {
-    let norms = rows.sqr()?.sum_keepdim(1)?.sqrt()?.clamp(1e-12, f64::MAX)?;
-    Ok(rows.broadcast_div(&norms)?)
+    ops::l2_normalise(rows, &Pass { mode: Mode::Eval, record: false, engine: Engine::for_device(rows.device()) })
 }
 
 /// Names and shapes of a checkpoint's tensors.

@@ -6,6 +6,7 @@
 mod arch;
 mod efficientnet;
 mod inverted_residual;
+mod mlp_head;
 mod mobilenet_v3;
 mod resnet;
 
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::arch::Arch;
 use self::efficientnet::{EfficientNet, Scaling};
+pub use self::mlp_head::{MlpConfig, MlpHead, MlpLayer};
 use self::mobilenet_v3::MobileNetV3;
 use self::resnet::ResNet;
 use crate::ops::{self, Builder, Engine, Interpreter, Mode, ParameterStore, Pass, ProjectionHead};

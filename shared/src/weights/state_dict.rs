@@ -7,8 +7,17 @@ use serde_json::Value;
 use super::object::{Arena, Id, Node, TensorNode};
 
 /// Keys under which training programs keep the weights, the usual one first.
-const USUAL_KEYS: &[&str] =
-    &["state_dict", "model", "model_state_dict", "teacher", "student", "net", "module", "weights"];
+const USUAL_KEYS: &[&str] = &[
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "online_network_state_dict",
+    "teacher",
+    "student",
+    "net",
+    "module",
+    "weights",
+];
 /// Keys under which they keep their settings.
 const SETTINGS_KEYS: &[&str] = &["args", "opt", "config", "cfg", "hparams", "hyper_parameters"];
 /// How deep a state dict may be nested.

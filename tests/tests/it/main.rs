@@ -5,5 +5,5 @@ mod golden_activations;
 mod golden_disco;
 mod golden_losses;
 mod golden_models;
-mod golden_teacher;
+mod golden_teachers;
 mod pipeline;

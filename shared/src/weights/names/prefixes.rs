@@ -1,0 +1,151 @@
+//! Where in a file a network is: the prefix before its names, and what its names stand for.
+//!
+//! Training programs wrap networks in others, so that a name is `module.encoder_q.conv1.weight`, and some number the layers
+//! of a residual network instead of naming them. A place is found by looking for the convolution that every network
+//! begins with.
+
+use std::collections::BTreeMap;
+use std::ops::Bound;
+
+/// The first layer of the networks known here.
+const STEMS: &[&str] = &["conv1.weight", "conv_stem.weight"];
+/// The first layer of a residual network whose layers are numbered.
+const NUMBERED_STEM: &str = "0.weight";
+/// What `nn.Sequential(*resnet.children())` calls the layers of a residual network.
+const NUMBERED_LAYERS: &[(&str, &str)] =
+    &[("0.", "conv1."), ("1.", "bn1."), ("4.", "layer1."), ("5.", "layer2."), ("6.", "layer3."), ("7.", "layer4.")];
+/// Words before the network that is to be taken, the likeliest first.
+const PREFERRED: &[&str] = &[
+    "encoder_q",
+    "base_encoder",
+    "query",
+    "online_network",
+    "online_encoder",
+    "teacher",
+    "student",
+    "backbone",
+    "encoder",
+    "trunk",
+    "model",
+];
+/// Words before a copy that is needed only to go on training, and what it is.
+pub(super) const COPIES: &[(&str, &str)] = &[
+    ("encoder_k", "key encoder"),
+    ("key", "key encoder"),
+    ("momentum_encoder", "momentum encoder"),
+    ("momentum_backbone", "momentum encoder"),
+    ("momentum_projector", "momentum encoder"),
+    ("backbone_momentum", "momentum encoder"),
+    ("projection_head_momentum", "momentum encoder"),
+    ("target_encoder", "target network"),
+    ("target_network", "target network"),
+];
+/// Most places where a network is looked for.
+const MAX_PLACES: usize = 16;
+
+/// Names and shapes of a file's tensors, sorted by name.
+#[derive(Debug)]
+pub(super) struct Names<'a>(BTreeMap<&'a str, &'a [usize]>);
+
+impl<'a> Names<'a> {
+    pub(super) fn new(entries: &'a [(String, Vec<usize>)]) -> Self {
+        Self(entries.iter().map(|(name, shape)| (name.as_str(), shape.as_slice())).collect())
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&'a str, &'a [usize])> {
+        self.0.iter().map(|(name, shape)| (*name, *shape))
+    }
+
+    /// The tensors under a prefix, and what is left of their names.
+    pub(super) fn under<'b>(&'b self, prefix: &'b str) -> impl Iterator<Item = (&'a str, &'a [usize])> + 'b {
+        let from = self.0.range::<str, _>((Bound::Included(prefix), Bound::Unbounded));
+        from.map_while(move |(name, shape)| Some((name.strip_prefix(prefix)?, *shape)))
+    }
+}
+
+/// How the tensors of a network are named.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Naming {
+    /// As torchvision and timm name them.
+    Usual,
+    /// By the number of the layer.
+    Numbered,
+}
+
+/// A tensor of a network in the file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Source {
+    /// Its name in the file.
+    pub(super) name: String,
+    /// Its shape in the file.
+    pub(super) shape: Vec<usize>,
+}
+
+/// Where a network is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Place {
+    /// What stands before every name of the network; may be empty.
+    pub(super) prefix: String,
+    pub(super) naming: Naming,
+}
+
+impl Place {
+    /// The top of a file.
+    pub(super) fn top() -> Self {
+        Self { prefix: String::new(), naming: Naming::Usual }
+    }
+
+    /// The tensors here by the names that the network gives them.
+    pub(super) fn tensors(&self, names: &Names<'_>) -> BTreeMap<String, Source> {
+        let source =
+            |own: &str, shape: &[usize]| Source { name: format!("{}{own}", self.prefix), shape: shape.to_vec() };
+        names.under(&self.prefix).map(|(own, shape)| (self.naming.network_name(own), source(own, shape))).collect()
+    }
+
+    /// The prefixes that hold this one, the nearest first; the last is empty.
+    pub(super) fn outer_prefixes(&self) -> impl Iterator<Item = &str> {
+        let mut rest = self.prefix.as_str();
+        std::iter::from_fn(move || {
+            let inner = rest.strip_suffix('.')?;
+            rest = inner.rfind('.').map_or("", |dot| &rest[..=dot]);
+            Some(rest)
+        })
+    }
+}
+
+impl Naming {
+    fn network_name(self, own: &str) -> String {
+        let renamed = match self {
+            Self::Usual => None,
+            Self::Numbered => NUMBERED_LAYERS
+                .iter()
+                .find_map(|(number, layer)| own.strip_prefix(number).map(|rest| format!("{layer}{rest}"))),
+        };
+        renamed.unwrap_or_else(|| own.to_owned())
+    }
+}
+
+/// Places with a stem for pictures of three channels, the likeliest first.
+pub(super) fn places(names: &Names<'_>) -> Vec<Place> {
+    let mut found = Vec::new();
+    for (name, shape) in names.iter() {
+        let naming = match shape {
+            [_, 3, 7, 7] if name == NUMBERED_STEM || name.ends_with(".0.weight") => Naming::Numbered,
+            [_, 3, _, _] => Naming::Usual,
+            _ => continue,
+        };
+        let stems = if naming == Naming::Numbered { &[NUMBERED_STEM][..] } else { STEMS };
+        let prefix = stems.iter().find_map(|stem| name.strip_suffix(stem));
+        if let Some(prefix) = prefix.filter(|prefix| prefix.is_empty() || prefix.ends_with('.')) {
+            found.push(Place { prefix: prefix.to_owned(), naming });
+        }
+    }
+    found.sort_by_key(|place| {
+        let words = || place.prefix.split('.');
+        let copy = words().any(|word| COPIES.iter().any(|(copy, _)| *copy == word));
+        let preferred = words().filter_map(|word| PREFERRED.iter().position(|wanted| *wanted == word)).min();
+        (copy, preferred.unwrap_or(PREFERRED.len()), place.prefix.len())
+    });
+    found.truncate(MAX_PLACES);
+    found
+}
