@@ -1,9 +1,9 @@
 //! The student as others take it: the backbone alone, under the names of torchvision and timm.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
+use shared::cli::may_write;
 use shared::io::{FileEntry, write_atomic};
 use shared::models::Encoder;
 use shared::run::{Run, STUDENT_FILE};
@@ -21,21 +21,33 @@ use crate::args::{ExportArgs, ExportFormat};
 /// # Errors
 /// [`Error::Io`].
 pub fn write_student(run: &Path, encoder: &Encoder, image_size: [usize; 2]) -> Result<FileEntry> {
+    let [height, width] = image_size;
+    let input = [
+        ("image_size", format!("{height}x{width}")),
+        ("mean", format!("{IMAGENET_DEFAULT_MEAN:?}")),
+        ("std", format!("{IMAGENET_DEFAULT_STD:?}")),
+    ];
+    write_backbone(&run.join(STUDENT_FILE), encoder, input)
+}
+
+/// Writes an encoder without its head; the header's text entries are its architecture, its feature width, and `input`.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn write_backbone(
+    path: &Path,
+    encoder: &Encoder,
+    input: impl IntoIterator<Item = (&'static str, String)>,
+) -> Result<FileEntry> {
     let mut tensors = encoder.store().to_tensors()?;
     tensors.retain(|name, _| Encoder::is_backbone_tensor(name));
-    let [height, width] = image_size;
-    let metadata = BTreeMap::from(
-        [
-            ("format", "pt".to_string()),
-            ("arch", encoder.arch().name().to_string()),
-            ("feature_width", encoder.arch().feature_width().to_string()),
-            ("image_size", format!("{height}x{width}")),
-            ("mean", format!("{IMAGENET_DEFAULT_MEAN:?}")),
-            ("std", format!("{IMAGENET_DEFAULT_STD:?}")),
-        ]
-        .map(|(key, value)| (key.to_string(), value)),
-    );
-    write_tensors(run.join(STUDENT_FILE), &metadata, &tensors)
+    let network = [
+        ("format", "pt".to_string()),
+        ("arch", encoder.arch().name().to_string()),
+        ("feature_width", encoder.arch().feature_width().to_string()),
+    ];
+    let metadata = network.into_iter().chain(input).map(|(key, value)| (key.to_string(), value)).collect();
+    write_tensors(path, &metadata, &tensors)
 }
 
 /// What was exported.
@@ -59,14 +71,11 @@ pub struct Exported {
 /// not given; [`Error::Io`].
 pub fn export(args: &ExportArgs) -> Result<Exported> {
     let run = Run::open(&args.run)?;
-    if args.output.exists() && !args.overwrite {
-        let message = format!("`{}` exists: choose another `--output`, or add `--overwrite`", args.output.display());
-        return Err(Error::usage(message));
-    }
+    may_write(&args.output, args.overwrite)?;
     let entry = match args.format {
         ExportFormat::Safetensors => {
             let path = run.student_path();
-            check_hash(&run, &path)?;
+            run.check_hash(STUDENT_FILE)?;
             write_atomic(&args.output, &std::fs::read(&path).map_err(Error::io("read", &path))?)?
         }
     };
@@ -76,16 +85,4 @@ pub fn export(args: &ExportArgs) -> Result<Exported> {
         bytes: entry.bytes,
         blake3: entry.blake3,
     })
-}
-
-fn check_hash(run: &Run, path: &Path) -> Result<()> {
-    let found = shared::io::hash_file(path)?.blake3;
-    let recorded = run.manifest().files.iter().find(|file| file.path == STUDENT_FILE).map(|file| &file.blake3);
-    match recorded {
-        Some(expected) if *expected != found => {
-            let fault = shared::Fault::Hash { expected: expected.clone(), found };
-            Err(Error::damaged(path, fault))
-        }
-        _ => Ok(()),
-    }
 }

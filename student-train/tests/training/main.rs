@@ -1,5 +1,6 @@
 //! Whole trainings in this process: resuming, equal bytes, and what is refused.
 
+mod init;
 mod refusals;
 mod resume;
 mod workspace;
@@ -13,6 +14,6 @@ use workspace::Workspace;
 fn train(workspace: &Workspace, command: &str, run: &str, more: &[&str]) -> Result<Trained> {
     match student_train::run(&Args::parse_from(workspace.arguments(command, run, more)))? {
         Summary::Trained(trained) => Ok(trained),
-        Summary::Exported(_) => Err(shared::Error::usage("not a training")),
+        Summary::Exported(_) | Summary::Imported(_) => Err(shared::Error::usage("not a training")),
     }
 }
