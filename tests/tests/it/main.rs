@@ -5,5 +5,6 @@ mod golden_activations;
 mod golden_disco;
 mod golden_losses;
 mod golden_models;
+mod golden_pca;
 mod golden_teacher;
 mod pipeline;
