@@ -120,11 +120,11 @@ pub fn global_average_pool(xs: &Tensor, pass: &Pass) -> Result<Tensor> {
     }
 }
 
-/// `act(xs weight + bias)`.
+/// `act(xs weight + bias)`, row by row.
 ///
 /// # Shapes
-/// - `xs`: `(B, in)` f32
-/// - returns: `(B, out)` f32
+/// - `xs`: `(.., in)` f32: rows `(B, in)`, or tokens
+/// - returns: `(.., out)` f32
 ///
 /// # Errors
 /// `Error::Shape` when `xs` has another width.

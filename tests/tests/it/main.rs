@@ -6,4 +6,5 @@ mod golden_disco;
 mod golden_losses;
 mod golden_models;
 mod golden_teachers;
+mod golden_transformers;
 mod pipeline;
