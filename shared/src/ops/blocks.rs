@@ -131,6 +131,7 @@ pub fn global_average_pool(xs: &Tensor, pass: &Pass) -> Result<Tensor> {
 pub fn linear(xs: &Tensor, params: &Linear, act: Activation, pass: &Pass) -> Result<Tensor> {
     match pass.engine {
         Engine::Reference => reference::linear(xs, params, act, pass),
+        Engine::Cpu if xs.rank() > 2 => cpu::token_layers::linear(xs, params, act, pass),
         Engine::Cpu => cpu::layers::linear(xs, params, act, pass),
     }
 }

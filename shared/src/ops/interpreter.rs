@@ -150,9 +150,7 @@ pub trait Interpreter {
     /// # Errors
     /// As [`crate::ops::local_patch_interaction`].
     fn local_block(&mut self, xs: &Self::Value, params: &LocalBlock) -> Result<Self::Value> {
-        let branch = self.layer_norm(xs, &params.norm)?;
-        let branch = self.local_patch_interaction(&branch, &params.interaction)?;
-        self.add_branch(xs, &branch, Some(&params.layer_scale))
+        composed::local_block(self, xs, params)
     }
 
     /// Attention of the class token around a shortcut: see [`ClassAttentionBlock`].
@@ -201,7 +199,7 @@ pub trait Interpreter {
 pub(super) mod composed {
     use super::{
         Activation, Attention, AttentionBlock, BasicBlock, Bottleneck, ClassAttentionBlock, ConvBn, Interpreter,
-        MbConv, MlpBlock, Result,
+        LocalBlock, MbConv, MlpBlock, Result,
     };
 
     pub(in crate::ops) fn basic_block<I>(run: &mut I, xs: &I::Value, params: &BasicBlock) -> Result<I::Value>
@@ -260,6 +258,15 @@ pub(super) mod composed {
         let branch = run.linear(&branch, &params.hidden, Activation::Gelu)?;
         let branch = run.linear(&branch, &params.output, Activation::Identity)?;
         run.add_branch(xs, &branch, params.layer_scale.as_ref())
+    }
+
+    pub(in crate::ops) fn local_block<I>(run: &mut I, xs: &I::Value, params: &LocalBlock) -> Result<I::Value>
+    where
+        I: Interpreter + ?Sized,
+    {
+        let branch = run.layer_norm(xs, &params.norm)?;
+        let branch = run.local_patch_interaction(&branch, &params.interaction)?;
+        run.add_branch(xs, &branch, Some(&params.layer_scale))
     }
 
     pub(in crate::ops) fn class_attention_block<I>(
@@ -347,7 +354,7 @@ impl Interpreter for Pass {
     }
 
     fn class_attention(&mut self, query: &Tensor, keys: &Tensor, values: &Tensor, heads: usize) -> Result<Tensor> {
-        token_blocks::class_attention(query, keys, values, heads, self)
+        token_blocks::class_attention(query, keys, values, heads)
     }
 
     fn local_patch_interaction(&mut self, xs: &Tensor, params: &LocalPatchInteraction) -> Result<Tensor> {
@@ -368,6 +375,18 @@ impl Interpreter for Pass {
 
     fn add_branch(&mut self, xs: &Tensor, branch: &Tensor, scale: Option<&Parameter>) -> Result<Tensor> {
         token_blocks::add_branch(xs, branch, scale, self)
+    }
+
+    fn attention_block(&mut self, xs: &Tensor, params: &AttentionBlock) -> Result<Tensor> {
+        token_blocks::attention_block(xs, params, self)
+    }
+
+    fn mlp_block(&mut self, xs: &Tensor, params: &MlpBlock) -> Result<Tensor> {
+        token_blocks::mlp_block(xs, params, self)
+    }
+
+    fn local_block(&mut self, xs: &Tensor, params: &LocalBlock) -> Result<Tensor> {
+        token_blocks::local_block(xs, params, self)
     }
 
     fn basic_block(&mut self, xs: &Tensor, params: &BasicBlock) -> Result<Tensor> {

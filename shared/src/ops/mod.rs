@@ -50,8 +50,9 @@ pub use shape::Shape;
 pub(crate) use store::TOKEN_STD;
 pub use store::{Builder, Gradients, ParameterStore};
 pub use token_blocks::{
-    add_branch, add_fourier_positions, attention, class_attention, cross_covariance_attention, embed_patches,
-    first_token, layer_norm, local_patch_interaction, prepend_token, replace_first_token,
+    add_branch, add_fourier_positions, attention, attention_block, class_attention, class_attention_block,
+    cross_covariance_attention, embed_patches, first_token, layer_norm, local_block, local_patch_interaction,
+    mlp_block, prepend_token, replace_first_token,
 };
 pub use token_parameter::{
     Attention, AttentionBlock, BiasedConv, ClassAttentionBlock, LayerNorm, LocalBlock, LocalPatchInteraction, MlpBlock,

@@ -5,9 +5,12 @@
 
 use candle_core::Tensor;
 
+use super::interpreter::composed;
 use super::parameter::{Linear, Parameter};
-use super::token_parameter::{LayerNorm, LocalPatchInteraction, PatchEmbedding};
-use super::{Engine, Pass, shape_error, token_reference};
+use super::token_parameter::{
+    AttentionBlock, ClassAttentionBlock, LayerNorm, LocalBlock, LocalPatchInteraction, MlpBlock, PatchEmbedding,
+};
+use super::{Engine, Pass, cpu, shape_error, token_reference};
 use crate::Result;
 
 /// One token for each patch of an image, a class token before them, positions added to all.
@@ -23,7 +26,11 @@ use crate::Result;
 /// Dosovitskiy et al., An Image is Worth 16x16 Words, arXiv 2010.11929, equation 1.
 pub fn embed_patches(xs: &Tensor, params: &PatchEmbedding, pass: &Pass) -> Result<Tensor> {
     match pass.engine {
-        Engine::Reference | Engine::Cpu => token_reference::embed_patches(xs, params, pass),
+        Engine::Reference => token_reference::embed_patches(xs, params, pass),
+        Engine::Cpu => {
+            let table = token_reference::first_tokens(xs, params, pass)?;
+            cpu::grid_layers::embed_patches(xs, params, &table, pass)
+        }
     }
 }
 
@@ -40,7 +47,11 @@ pub fn embed_patches(xs: &Tensor, params: &PatchEmbedding, pass: &Pass) -> Resul
 pub fn add_fourier_positions(xs: &Tensor, params: &Linear, pass: &Pass) -> Result<Tensor> {
     check_grid("add_fourier_positions", xs, params.bias.var().elem_count())?;
     match pass.engine {
-        Engine::Reference | Engine::Cpu => token_reference::add_fourier_positions(xs, params, pass),
+        Engine::Reference => token_reference::add_fourier_positions(xs, params, pass),
+        Engine::Cpu => {
+            let table = token_reference::fourier_positions(xs, params, pass)?;
+            cpu::grid_layers::add_positions(xs, &table, pass)
+        }
     }
 }
 
@@ -57,7 +68,8 @@ pub fn add_fourier_positions(xs: &Tensor, params: &Linear, pass: &Pass) -> Resul
 pub fn layer_norm(xs: &Tensor, params: &LayerNorm, pass: &Pass) -> Result<Tensor> {
     check_width("layer_norm", xs, params.weight.var().elem_count())?;
     match pass.engine {
-        Engine::Reference | Engine::Cpu => token_reference::layer_norm(xs, params, pass),
+        Engine::Reference => token_reference::layer_norm(xs, params, pass),
+        Engine::Cpu => cpu::token_layers::layer_norm(xs, params, pass),
     }
 }
 
@@ -74,7 +86,8 @@ pub fn layer_norm(xs: &Tensor, params: &LayerNorm, pass: &Pass) -> Result<Tensor
 /// Vaswani et al., Attention Is All You Need, arXiv 1706.03762, section 3.2.
 pub fn attention(qkv: &Tensor, heads: usize, pass: &Pass) -> Result<Tensor> {
     match pass.engine {
-        Engine::Reference | Engine::Cpu => token_reference::attention(qkv, heads),
+        Engine::Reference => token_reference::attention(qkv, heads),
+        Engine::Cpu => cpu::token_layers::attention(qkv, heads),
     }
 }
 
@@ -93,7 +106,8 @@ pub fn attention(qkv: &Tensor, heads: usize, pass: &Pass) -> Result<Tensor> {
 /// El-Nouby et al., `XCiT`, arXiv 2106.09681, section 3.2.
 pub fn cross_covariance_attention(qkv: &Tensor, temperature: &Parameter, pass: &Pass) -> Result<Tensor> {
     match pass.engine {
-        Engine::Reference | Engine::Cpu => token_reference::cross_covariance_attention(qkv, temperature, pass),
+        Engine::Reference => token_reference::cross_covariance_attention(qkv, temperature, pass),
+        Engine::Cpu => cpu::token_layers::cross_covariance_attention(qkv, temperature, pass),
     }
 }
 
@@ -109,7 +123,7 @@ pub fn cross_covariance_attention(qkv: &Tensor, temperature: &Parameter, pass: &
 ///
 /// # Source
 /// Touvron et al., Going deeper with Image Transformers, arXiv 2103.17239, section 3.2.
-pub fn class_attention(query: &Tensor, keys: &Tensor, values: &Tensor, heads: usize, pass: &Pass) -> Result<Tensor> {
+pub fn class_attention(query: &Tensor, keys: &Tensor, values: &Tensor, heads: usize) -> Result<Tensor> {
     let fits = matches!(*keys.dims(), [batch, tokens, channels] if tokens > 0
         && heads > 0 && channels.is_multiple_of(heads) && query.dims() == [batch, channels]);
     if !fits {
@@ -119,9 +133,7 @@ pub fn class_attention(query: &Tensor, keys: &Tensor, values: &Tensor, heads: us
     if values.dims() != keys.dims() {
         return Err(shape_error("class_attention values", format!("{:?}", keys.dims()), values));
     }
-    match pass.engine {
-        Engine::Reference | Engine::Cpu => token_reference::class_attention(query, keys, values, heads),
-    }
+    token_reference::class_attention(query, keys, values, heads)
 }
 
 /// Two depthwise convolutions over the grid of tokens, with GELU and batch norm between them.
@@ -136,7 +148,8 @@ pub fn class_attention(query: &Tensor, keys: &Tensor, values: &Tensor, heads: us
 /// El-Nouby et al., `XCiT`, arXiv 2106.09681, section 3.3.
 pub fn local_patch_interaction(xs: &Tensor, params: &LocalPatchInteraction, pass: &Pass) -> Result<Tensor> {
     match pass.engine {
-        Engine::Reference | Engine::Cpu => token_reference::local_patch_interaction(xs, params, pass),
+        Engine::Reference => token_reference::local_patch_interaction(xs, params, pass),
+        Engine::Cpu => cpu::grid_layers::local_patch_interaction(xs, params, pass),
     }
 }
 
@@ -197,9 +210,60 @@ pub fn add_branch(xs: &Tensor, branch: &Tensor, scale: Option<&Parameter>, pass:
     if branch.dims() != xs.dims() {
         return Err(shape_error("add_branch", format!("{:?}", xs.dims()), branch));
     }
+    token_reference::add_branch(xs, branch, scale, pass)
+}
+
+/// The sum of its input and a branch with attention in it.
+///
+/// # Shapes
+/// - `xs`: `(B, N, C)` f32, for attention between channels `(B, .., C)`; returns the same
+///
+/// # Errors
+/// `Error::Shape` when `xs` has another shape.
+pub fn attention_block(xs: &Tensor, params: &AttentionBlock, pass: &Pass) -> Result<Tensor> {
     match pass.engine {
-        Engine::Reference | Engine::Cpu => token_reference::add_branch(xs, branch, scale, pass),
+        Engine::Reference => composed::attention_block(&mut pass.clone(), xs, params),
+        Engine::Cpu => cpu::token_layers::attention_block(xs, params, pass),
     }
+}
+
+/// The sum of its input and a branch of two linear layers.
+///
+/// # Shapes
+/// - `xs`: `(.., C)` f32; returns the same
+///
+/// # Errors
+/// `Error::Shape` when `xs` has another width.
+pub fn mlp_block(xs: &Tensor, params: &MlpBlock, pass: &Pass) -> Result<Tensor> {
+    match pass.engine {
+        Engine::Reference => composed::mlp_block(&mut pass.clone(), xs, params),
+        Engine::Cpu => cpu::token_layers::mlp_block(xs, params, pass),
+    }
+}
+
+/// The sum of its input and a branch of convolutions over the grid of tokens.
+///
+/// # Shapes
+/// - `xs`: `(B, H, W, C)` f32; returns the same
+///
+/// # Errors
+/// As [`local_patch_interaction`].
+pub fn local_block(xs: &Tensor, params: &LocalBlock, pass: &Pass) -> Result<Tensor> {
+    match pass.engine {
+        Engine::Reference => composed::local_block(&mut pass.clone(), xs, params),
+        Engine::Cpu => cpu::grid_layers::local_block(xs, params, pass),
+    }
+}
+
+/// A block in which the class token alone asks the others.
+///
+/// # Shapes
+/// - `xs`: `(B, N, C)` f32, the class token first; returns the same
+///
+/// # Errors
+/// `Error::Shape` when `xs` has another shape.
+pub fn class_attention_block(xs: &Tensor, params: &ClassAttentionBlock, pass: &Pass) -> Result<Tensor> {
+    composed::class_attention_block(&mut pass.clone(), xs, params)
 }
 
 /// The sizes of a patch embedding.

@@ -25,6 +25,21 @@ pub fn embed_patches(xs: &Tensor, params: &PatchEmbedding, pass: &Pass) -> Resul
     Ok(Tensor::cat(&[&class_token, &patches], 1)?.broadcast_add(&positions)?)
 }
 
+/// What is added to nothing and to the patches: the class token with its position, and the positions of the patches.
+///
+/// # Shapes
+/// - `xs`: `(B, H, W, 3)`; returns `(1 + N, C)`
+///
+/// # Errors
+/// `Error::Shape` for images that cannot be cut into patches.
+pub(super) fn first_tokens(xs: &Tensor, params: &PatchEmbedding, pass: &Pass) -> Result<Tensor> {
+    let Embedding { grid: [height, width], channels, .. } = Embedding::of(xs, params)?;
+    let positions = positions::resampled(&params.positions, [height, width], pass.record)?;
+    let class_token = params.class_token.value(pass.record).reshape((1, channels))?;
+    let first = (positions.narrow(0, 0, 1)? + class_token)?;
+    Ok(Tensor::cat(&[&first, &positions.narrow(0, 1, height * width)?], 0)?)
+}
+
 /// See [`crate::ops::add_fourier_positions`].
 ///
 /// # Errors

@@ -45,10 +45,10 @@ pub(in crate::ops) fn global_average_pool(xs: &Tensor) -> Result<Tensor> {
 /// See [`crate::ops::linear`].
 pub(in crate::ops) fn linear(xs: &Tensor, params: &Linear, act: Activation, pass: &Pass) -> Result<Tensor> {
     let (inputs, outputs) = params.weight.var().dims2()?;
-    if xs.dims().last() != Some(&inputs) || xs.rank() < 2 {
-        return Err(shape_error(LINEAR, format!("(.., {inputs})"), xs));
-    }
-    let shape: Vec<usize> = [&xs.dims()[..xs.rank() - 1], &[outputs]].concat();
+    let rows = match *xs.dims() {
+        [rows, width] if width == inputs => rows,
+        _ => return Err(shape_error(LINEAR, format!("(.., {inputs})"), xs)),
+    };
     let xs = xs.contiguous()?;
     let bias = values(params.bias.var())?;
     let mut out =
@@ -58,7 +58,7 @@ pub(in crate::ops) fn linear(xs: &Tensor, params: &Linear, act: Activation, pass
         rows::activate(&mut out, outputs, act);
     }
     if !pass.record {
-        return Ok(Tensor::from_vec(out, shape, xs.device())?);
+        return Ok(Tensor::from_vec(out, (rows, outputs), xs.device())?);
     }
     let (params, input, wants_input) = (params.clone(), xs.detach(), xs.track_op());
     let backward = move |mut gradient: Vec<f32>| {
@@ -74,7 +74,7 @@ pub(in crate::ops) fn linear(xs: &Tensor, params: &Linear, act: Activation, pass
         let dxs = |weight: &[f32]| Ok(rows::linear_input_gradient(&gradient, weight, inputs, outputs));
         Ok(vec![Some(with_values(params.weight.var(), dxs)?)])
     };
-    Ok(graph::record(LINEAR, out, shape, &[&xs], backward)?)
+    Ok(graph::record(LINEAR, out, (rows, outputs), &[&xs], backward)?)
 }
 
 /// See [`crate::ops::l2_normalise`].
