@@ -18,6 +18,7 @@ pub mod progress;
 pub mod ops;
 pub mod cli;
 pub mod models;
+pub mod onnx;
 pub mod weights;
 pub mod losses;
 pub mod optim;

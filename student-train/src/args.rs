@@ -34,6 +34,9 @@ pub enum Command {
     )]
     Pretrain(TrainArgs),
     /// Write the student of a finished run as one file for other programs
+    ///
+    /// The file holds the backbone alone, without the projection head, as it was at the end of the training; an ONNX graph can have
+    /// both. The same run and options give the same bytes.
     Export(ExportArgs),
 }
 
@@ -176,15 +179,28 @@ pub struct Options {
 /// Formats of an exported student.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum ExportFormat {
-    /// Backbone weights under the names of torchvision and timm.
+    /// The backbone's weights, for timm and torchvision
     #[default]
     Safetensors,
+    /// The same as a PyTorch file, for `torch.load` and Detectron2
+    Pth,
+    /// The backbone as a graph that computes features, for ONNX Runtime and others
+    Onnx,
+}
+
+/// Whose names the tensors of an exported student bear.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum TensorNames {
+    /// Those of timm, for ResNet also torchvision's
+    #[default]
+    Timm,
+    /// Those of Detectron2, for ResNet; with `--format pth`
+    Detectron2,
 }
 
 /// Arguments of `export`.
 #[derive(Debug, Clone, clap::Args)]
-#[command(after_help = "The file loads into timm's model of the same name:\n  \
-    timm.create_model('resnet18', num_classes=0).load_state_dict(safetensors.torch.load_file(FILE))")]
+#[command(after_long_help = EXPORT_EXAMPLES)]
 pub struct ExportArgs {
     /// A finished run
     #[arg(value_name = "RUN")]
@@ -195,6 +211,15 @@ pub struct ExportArgs {
     /// Where to write it
     #[arg(long, value_name = "FILE")]
     pub output: PathBuf,
+    /// Names of the tensors
+    #[arg(long, value_enum, default_value_t, value_name = "WHOSE")]
+    pub names: TensorNames,
+    /// Side of the images that an ONNX graph takes, in pixels [default: that of the run's views]
+    #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u16).range(1..))]
+    pub size: Option<u16>,
+    /// Add the projection head to an ONNX graph, with `embeddings` as a second output
+    #[arg(long)]
+    pub head: bool,
     /// Replace the file if it exists
     #[arg(long)]
     pub overwrite: bool,
@@ -202,6 +227,28 @@ pub struct ExportArgs {
     #[arg(long)]
     pub json: bool,
 }
+
+const EXPORT_EXAMPLES: &str = "\
+Examples:
+  student-train export runs/disco --output student.safetensors
+      model = timm.create_model('resnet18', num_classes=0)
+      model.load_state_dict(safetensors.torch.load_file('student.safetensors'))
+
+  student-train export runs/disco --format pth --output student.pth
+      model = timm.create_model('resnet18', num_classes=0)
+      model.load_state_dict(torch.load('student.pth', weights_only=True))
+
+  student-train export runs/disco --format pth --names detectron2 --output backbone.pth
+      cfg.MODEL.WEIGHTS = 'backbone.pth'
+      cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
+      cfg.INPUT.FORMAT = 'RGB'
+      cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+
+  student-train export runs/disco --format onnx --size 224 --output student.onnx
+      session = onnxruntime.InferenceSession('student.onnx')
+      features = session.run(['features'], {'images': images})[0]
+      # images: float32 (batch, 3, 224, 224), RGB in 0..1 minus mean, over std;
+      # session.get_modelmeta().custom_metadata_map holds mean, std, arch, feature_width, image_size";
 
 #[cfg(test)]
 mod tests {

@@ -4,6 +4,7 @@
 //! the rows of unit length after it.
 
 mod arch;
+mod cost;
 mod efficientnet;
 mod inverted_residual;
 mod mlp_head;
@@ -14,11 +15,12 @@ use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 pub use self::arch::Arch;
+pub use self::cost::{Cost, cost};
 use self::efficientnet::{EfficientNet, Scaling};
 pub use self::mlp_head::{MlpConfig, MlpHead, MlpLayer};
 use self::mobilenet_v3::MobileNetV3;
 use self::resnet::ResNet;
-use crate::ops::{self, Builder, Engine, Interpreter, Mode, ParameterStore, Pass, ProjectionHead};
+use crate::ops::{self, Activation, Builder, Engine, Interpreter, Mode, ParameterStore, Pass, ProjectionHead};
 use crate::{Error, Result};
 
 /// The widths of a projection head: linear, `ReLU`, linear, named `fc.0` and `fc.2` as `MoCo` v2's.
@@ -95,6 +97,12 @@ impl Layers {
             None => None,
         };
         Ok(Self { backbone, head })
+    }
+
+    fn head(&self) -> Result<&ProjectionHead> {
+        self.head
+            .as_ref()
+            .ok_or_else(|| Error::invalid("the model has no projection head, so it has no embeddings", ""))
     }
 }
 
@@ -214,9 +222,7 @@ impl Encoder {
     /// # Errors
     /// As [`Encoder::features`]; `Error::Invalid` when the encoder has no head.
     pub fn embeddings(&self, xs: &Tensor, mode: Mode) -> Result<Tensor> {
-        let Some(head) = &self.layers.head else {
-            return Err(Error::invalid("the model has no projection head, so it has no embeddings", ""));
-        };
+        let head = self.layers.head()?;
         let mut pass = self.pass(mode);
         let features = self.layers.backbone.forward(&mut pass, xs)?;
         ops::l2_normalise(&ops::projection_head(&features, head, &pass)?, &pass)
@@ -228,6 +234,16 @@ impl Encoder {
     /// What the interpreter meets.
     pub fn interpret<I: Interpreter>(&self, run: &mut I, xs: &I::Value) -> Result<I::Value> {
         self.layers.backbone.forward(run, xs)
+    }
+
+    /// Runs the projection head's definition by another interpreter, from the features up to rows that are not of unit length yet.
+    ///
+    /// # Errors
+    /// `Error::Invalid` when the encoder has no head; what the interpreter meets.
+    pub fn interpret_head<I: Interpreter>(&self, run: &mut I, features: &I::Value) -> Result<I::Value> {
+        let head = self.layers.head()?;
+        let hidden = run.linear(features, &head.hidden, Activation::Relu)?;
+        run.linear(&hidden, &head.output, Activation::Identity)
     }
 
     fn pass(&self, mode: Mode) -> Pass {

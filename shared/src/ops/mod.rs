@@ -27,6 +27,7 @@ mod interpreter;
 mod isa;
 mod parameter;
 pub mod reference;
+mod shape;
 mod store;
 
 pub use allocator::{TensorAllocator, reserve_memory};
@@ -40,6 +41,7 @@ pub use parameter::{
     Activation, BasicBlock, BatchNorm, Bottleneck, Conv2d, ConvBn, Gate, Geometry, Init, Linear, MbConv, Padding,
     Parameter, ProjectionHead, SqueezeExcite, Stem, WeightLayout,
 };
+pub use shape::Shape;
 pub use store::{Builder, Gradients, ParameterStore};
 
 use candle_core::{Device, Tensor};

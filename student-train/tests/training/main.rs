@@ -1,5 +1,6 @@
-//! Whole trainings in this process: resuming, equal bytes, and what is refused.
+//! Whole trainings in this process: resuming, equal bytes, exported students, and what is refused.
 
+mod export;
 mod refusals;
 mod resume;
 mod workspace;

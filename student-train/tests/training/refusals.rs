@@ -177,21 +177,3 @@ fn loss_that_is_not_finite() -> Result<()> {
     assert!(!workspace.path("run").join("manifest.json").exists());
     Ok(())
 }
-
-#[test]
-fn export_of_an_unfinished_run() -> Result<()> {
-    let workspace = Workspace::new()?;
-    train(&workspace, "pretrain", "run", &["--stop-after-steps=3"])?;
-    let output = workspace.path("student.safetensors");
-    let args = student_train::ExportArgs {
-        run: workspace.path("run"),
-        format: student_train::args::ExportFormat::Safetensors,
-        output: output.clone(),
-        overwrite: false,
-        json: false,
-    };
-    let error = student_train::export::export(&args).map(|_| ()).unwrap_err();
-    assert!(matches!(error, Error::Missing { .. }), "{error}");
-    assert!(!output.exists());
-    Ok(())
-}

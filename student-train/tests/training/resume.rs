@@ -161,38 +161,6 @@ fn run_holds_what_its_readers_need() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn export_copies_the_student() -> Result<()> {
-    let workspace = Workspace::new()?;
-    train(&workspace, "pretrain", "run", &[])?;
-    let args = |overwrite| student_train::ExportArgs {
-        run: workspace.path("run"),
-        format: student_train::args::ExportFormat::Safetensors,
-        output: workspace.path("resnet18.safetensors"),
-        overwrite,
-        json: false,
-    };
-    let exported = student_train::export::export(&args(false))?;
-    assert_eq!(exported.student, "resnet18");
-    let read = |path: &Path| fs::read(path).map_err(Error::io("read", path));
-    let original = workspace.path("run").join("student.safetensors");
-    assert_eq!(read(&exported.output)?, read(&original)?);
-    let file = TensorFile::open(&exported.output)?;
-    assert_eq!(file.metadata()["arch"], "resnet18");
-    assert_eq!(file.shape("conv1.weight")?, [64, 3, 7, 7]);
-
-    assert!(matches!(student_train::export::export(&args(false)), Err(Error::Usage { .. })));
-    student_train::export::export(&args(true))?;
-    let mut bytes = read(&original)?;
-    if let Some(last) = bytes.last_mut() {
-        *last ^= 1;
-    }
-    shared::io::write_atomic(&original, &bytes)?;
-    let error = student_train::export::export(&args(true)).map(|_| ()).unwrap_err();
-    assert!(matches!(error, Error::Damaged { .. }), "{error}");
-    Ok(())
-}
-
 fn assert_same<T: PartialEq>(
     expected: &std::collections::BTreeMap<String, T>,
     found: &std::collections::BTreeMap<String, T>,
