@@ -186,7 +186,7 @@ fn by_layers(site: &Site, head: &MlpConfig, place: &Place) -> Told {
         .filter_map(|layer| if let MlpLayer::Linear { bias, .. } = layer { Some(*bias) } else { None })
         .collect();
     let norms = head.layers().iter().filter(|layer| matches!(layer, MlpLayer::BatchNorm { .. })).count();
-    let in_encoder = site.prefix.starts_with(&place.prefix) && site.name == "fc";
+    let in_encoder = site.prefix.starts_with(&place.prefix) && ["fc", "head"].contains(&site.name);
     let told = |method, alike| Told { method, alike };
     match (biases.as_slice(), norms) {
         // SwAV without its prototypes: the only method that has `projection_head` within the network.
