@@ -156,6 +156,18 @@ pub fn must_exist(what: &'static str, path: &Path) -> Result<PathBuf> {
     Err(Error::Missing { what, path: path.into(), hint: "check the path".into() })
 }
 
+/// A file that a command writes must not exist, unless it may be replaced.
+///
+/// # Errors
+/// [`Error::Usage`].
+pub fn may_write(output: &Path, overwrite: bool) -> Result<()> {
+    if output.exists() && !overwrite {
+        let message = format!("`{}` exists: choose another `--output`, or add `--overwrite`", output.display());
+        return Err(Error::usage(message));
+    }
+    Ok(())
+}
+
 fn one_line(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use crate::error::{Error, Fault, Result};
 use crate::io::{FileEntry, create_directory, remove_temporaries, write_json};
-use crate::manifest::{Identity, MANIFEST_FILE, Manifest};
+use crate::manifest::{Identity, MANIFEST_FILE, Manifest, Stage};
 
 /// Records what an unfinished directory is going to be.
 pub const UNFINISHED_FILE: &str = "unfinished.json";
@@ -113,6 +113,17 @@ impl OutputDir {
     }
 }
 
+/// What a directory is or is going to be, as `stage` recorded it; none when there is no record.
+///
+/// # Errors
+/// As [`Manifest::read`]; [`Error::Damaged`] when the record of an unfinished directory was changed.
+pub fn recorded_identity(path: &Path, stage: Stage) -> Result<Option<Identity>> {
+    if path.join(MANIFEST_FILE).exists() {
+        return Manifest::read(path, stage).map(|manifest| Some(manifest.identity));
+    }
+    Ok(read_unfinished(path)?.filter(|identity| identity.stage == stage))
+}
+
 fn refuse_difference(path: &Path, wanted: &Identity, found: &Identity) -> Result<()> {
     match wanted.difference(found) {
         None => Ok(()),
@@ -188,7 +199,6 @@ fn clear(path: &Path) -> Result<()> {
 mod tests {
     use super::*;
     use crate::io::write_atomic;
-    use crate::manifest::Stage;
 
     fn identity(views: u32) -> Identity {
         Identity::new(Stage::DataPrep, &serde_json::json!({"views": views}), 0, Vec::new()).unwrap()
@@ -224,6 +234,18 @@ mod tests {
         write_atomic(root.path().join(".tmp-x"), b"").unwrap();
         assert!(writing(root.path(), 2, false).resumed());
         assert!(!root.path().join(".tmp-x").exists());
+    }
+
+    #[test]
+    fn the_record_tells_what_a_directory_is_finished_or_not() {
+        let root = tempfile::tempdir().unwrap();
+        let recorded = |stage| recorded_identity(root.path(), stage).unwrap();
+        assert_eq!(recorded(Stage::DataPrep), None);
+        let dir = writing(root.path(), 2, false);
+        assert_eq!((recorded(Stage::DataPrep), recorded(Stage::StudentTrain)), (Some(identity(2)), None));
+        finish(dir);
+        assert_eq!(recorded(Stage::DataPrep), Some(identity(2)));
+        assert!(matches!(recorded_identity(root.path(), Stage::StudentTrain), Err(Error::Chain { .. })));
     }
 
     #[test]

@@ -17,6 +17,7 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Fault, Result};
+use crate::io::hash_file;
 use crate::logging::read_json_lines;
 use crate::manifest::{MANIFEST_FILE, Manifest, Stage};
 use crate::models::{Arch, Encoder, HeadConfig};
@@ -215,6 +216,18 @@ impl Run {
     /// The exported backbone.
     pub fn student_path(&self) -> PathBuf {
         self.directory.join(STUDENT_FILE)
+    }
+
+    /// Compares a file of the run with the hash that was recorded of it: the run's fingerprint stands for that.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] when it was changed or was never recorded; [`Error::Io`].
+    pub fn check_hash(&self, name: &str) -> Result<()> {
+        let recorded = self.manifest.files.iter().find(|file| file.path == name);
+        let expected = recorded.map(|file| file.blake3.clone()).unwrap_or_default();
+        let path = self.directory.join(name);
+        let found = hash_file(&path)?.blake3;
+        if found == expected { Ok(()) } else { Err(Error::damaged(path, Fault::Hash { expected, found })) }
     }
 
     /// The trained student without its head: for evaluation.

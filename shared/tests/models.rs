@@ -16,55 +16,6 @@ fn values(tensor: &Tensor) -> Vec<f64> {
     tensor.flatten_all().and_then(|t| t.to_dtype(DType::F64)).and_then(|t| t.to_vec1()).expect("a float tensor")
 }
 
-fn mean_and_std(xs: &[f64]) -> (f64, f64) {
-    let mean = xs.iter().sum::<f64>() / xs.len() as f64;
-    (mean, (xs.iter().map(|x| (x - mean) * (x - mean)).sum::<f64>() / xs.len() as f64).sqrt())
-}
-
-#[test]
-fn initial_values_have_pytorchs_distributions() -> TestResult {
-    for arch in KINDS {
-        check_initial_values(arch)?;
-    }
-    Ok(())
-}
-
-fn check_initial_values(arch: Arch) -> TestResult {
-    let tensors = Encoder::new(arch, Some(HEAD), 11)?.store().to_tensors()?;
-    for (name, tensor) in &tensors {
-        let xs = if tensor.dtype().is_float() { values(tensor) } else { Vec::new() };
-        match tensor.dims() {
-            // kaiming_normal_(mode="fan_out", nonlinearity="relu"); timm's fan-out is that of a group
-            &[out, _, kh, kw] => {
-                let (mean, std) = mean_and_std(&xs);
-                let fan_out = if name.ends_with("conv_dw.weight") { kh * kw } else { out * kh * kw };
-                let expected = (2.0 / fan_out as f64).sqrt();
-                let slack = 4.0 / (xs.len() as f64).sqrt();
-                assert!((std / expected - 1.0).abs() < slack && mean.abs() < slack * expected, "{name} {mean} {std}");
-                let beyond = xs.iter().filter(|x| x.abs() > 2.0 * expected).count() as f64 / xs.len() as f64;
-                let slack = 0.01 + 1.0 / (xs.len() as f64).sqrt();
-                assert!((beyond - 0.0455).abs() < slack, "{name}: {beyond} beyond two standard deviations");
-            }
-            // kaiming_uniform_(a=sqrt(5)) and the bias' own bound: both U(-1/sqrt(in), 1/sqrt(in))
-            _ if name.starts_with("fc.") => {
-                let inputs = if name.starts_with("fc.0") { arch.feature_width() as f64 } else { 300.0 };
-                let bound = 1.0 / inputs.sqrt();
-                let top = xs.iter().fold(0f64, |top, x| top.max(x.abs()));
-                assert!(top <= bound && top > 0.8 * bound, "{name}: {top} of {bound}");
-                let (mean, std) = mean_and_std(&xs);
-                let slack = 4.0 / (xs.len() as f64).sqrt();
-                assert!((std * 3f64.sqrt() / bound - 1.0).abs() < slack && mean.abs() < slack * bound, "{name}");
-            }
-            _ if name.ends_with("num_batches_tracked") => assert_eq!(tensor.to_scalar::<i64>()?, 0),
-            _ => {
-                let one = name.ends_with("weight") || name.ends_with("running_var");
-                assert!(xs.iter().all(|&x| x == f64::from(u8::from(one))), "{name}");
-            }
-        }
-    }
-    Ok(())
-}
-
 #[test]
 fn initial_values_depend_on_seed_and_name_only() -> TestResult {
     let plain = Encoder::new(Arch::ResNet18, None, 3)?.store().to_tensors()?;

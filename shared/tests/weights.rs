@@ -24,7 +24,7 @@ fn floats(value: &Value) -> Vec<f32> {
 #[test]
 fn every_golden_checkpoint_is_read_exactly() {
     let expected = expected();
-    assert_eq!(expected.len(), 17);
+    assert_eq!(expected.len(), 18);
     for (name, expected) in expected {
         let checkpoint = Checkpoint::open(golden(&name)).unwrap();
         assert_eq!(checkpoint.format().to_string(), expected["format"].as_str().unwrap(), "{name}");

@@ -38,6 +38,8 @@ pub enum Command {
     /// The file holds the backbone alone, without the projection head, as it was at the end of the training; an ONNX graph can have
     /// both. The same run and options give the same bytes.
     Export(ExportArgs),
+    /// Write the backbone of a checkpoint of timm, torchvision or others as a student's file
+    Import(ImportArgs),
 }
 
 /// Arguments of `distill` and `pretrain`.
@@ -95,6 +97,22 @@ pub struct Options {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub student: Option<Arch>,
 
+    /// Continue from a timm or torchvision checkpoint, an imported file or a finished run [default: drawn weights]
+    ///
+    /// The backbone of the query encoder starts with these weights and batch-norm statistics, and the key encoder as its copy;
+    /// the projection head is drawn, the queue and the optimiser start as ever. The file must hold all of `--student`;
+    /// PyTorch's two formats and safetensors are read, and a classifier is left aside. If its weights are under an
+    /// unusual key, run `student-train import --state-key` first. The weights become part of the run: the same command
+    /// with other weights is refused, and once the run has a checkpoint the file is not needed to go on.
+    #[arg(long, value_name = "CKPT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init: Option<PathBuf>,
+
+    /// Take the projection head from `--init` too; it must have exactly the widths of this run's
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init_head: Option<bool>,
+
     /// Passes over the shard set [default: 200]
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -136,6 +154,8 @@ pub struct Options {
     pub seed: Option<u64>,
 
     /// Hidden width of the projection head [default: 2048]
+    ///
+    /// The narrow heads of the paper's distilling bottleneck, to compare with: 512 for MobileNetV3, 1280 for other students.
     #[arg(long, value_name = "N", help_heading = "Objective")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub head_hidden: Option<usize>,
@@ -250,6 +270,33 @@ Examples:
       # images: float32 (batch, 3, 224, 224), RGB in 0..1 minus mean, over std;
       # session.get_modelmeta().custom_metadata_map holds mean, std, arch, feature_width, image_size";
 
+/// Arguments of `import`.
+#[derive(Debug, Clone, clap::Args)]
+#[command(after_help = "Example: student-train import resnet18-f37072fd.pth --output resnet18.safetensors\n\n\
+    The file has timm's names, f32 weights and batch-norm statistics. `student-train distill --init`, `student-eval` and\n\
+    `teacher-embed` take it, and so does timm: `load_state_dict(load_file(FILE))`. The summary tells what was used,\n\
+    what was left over (a classifier, a head) and what is missing; a backbone that is not complete is refused.")]
+pub struct ImportArgs {
+    /// A checkpoint: PyTorch's two formats or safetensors, with timm's or torchvision's names behind any prefix
+    #[arg(value_name = "CKPT")]
+    pub checkpoint: PathBuf,
+    /// Where to write the file
+    #[arg(long, value_name = "FILE")]
+    pub output: PathBuf,
+    /// Architecture that the checkpoint must hold [default: recognised from names and shapes]
+    #[arg(long, value_name = "ARCH")]
+    pub student: Option<Arch>,
+    /// Where the state dict is in the checkpoint: keys joined by dots [default: the usual keys, or where most tensors are]
+    #[arg(long, value_name = "KEY")]
+    pub state_key: Option<String>,
+    /// Replace the file if it exists
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Print a summary as JSON on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory as _;
@@ -275,7 +322,7 @@ mod tests {
             .collect();
         assert!(keys.len() > 15);
         for key in keys {
-            let known = ["1", "\"resnet18\"", "\"step\""].iter().any(|value| {
+            let known = ["1", "true", "\"resnet18\"", "\"step\""].iter().any(|value| {
                 let text = format!("{key} = {value}");
                 toml::from_str::<Options>(&text).is_ok()
             });

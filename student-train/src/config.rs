@@ -53,6 +53,9 @@ pub struct Config {
     /// Per view; none without a teacher.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub distill_weight: Option<f64>,
+    /// Whether the head comes from the weights that the run starts from.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub init_head: bool,
     /// Of everything random.
     pub seed: u64,
 }
@@ -64,6 +67,8 @@ pub struct Plan {
     pub shards: PathBuf,
     /// The teacher's embeddings; none for `pretrain`.
     pub embeddings: Option<PathBuf>,
+    /// What to start from; drawn weights if none.
+    pub init: Option<PathBuf>,
     /// The run.
     pub output: PathBuf,
     /// Additional checkpoints; none at epochs only.
@@ -104,9 +109,13 @@ impl Plan {
         if options.checkpoint_steps == Some(0) || options.keep == Some(0) {
             return Err(Error::usage("`--checkpoint-steps` and `--keep` must be at least 1"));
         }
+        if options.init_head == Some(true) && options.init.is_none() {
+            return Err(Error::usage("`--init-head` needs `--init`, which names the weights to take the head from"));
+        }
         Ok(Self {
             shards: required(&options.shards, "shards")?,
             embeddings,
+            init: options.init.clone(),
             output: required(&options.output, "output")?,
             checkpoint_steps: options.checkpoint_steps,
             keep: options.keep.unwrap_or(2),
@@ -144,6 +153,7 @@ impl Config {
             head_hidden: options.head_hidden.unwrap_or(2048),
             embedding_dim: embedding_dim(options.embedding_dim, teacher_dim)?,
             distill_weight,
+            init_head: options.init_head.unwrap_or(false),
             seed: options.seed.unwrap_or(0),
         };
         config.check()?;
@@ -155,17 +165,18 @@ impl Config {
         HeadConfig { hidden: self.head_hidden, embedding_dim: self.embedding_dim }
     }
 
-    /// This configuration as a TOML file that repeats the run.
+    /// This configuration as a TOML file that repeats the run; `init` tells whether that needs weights to start from.
     ///
     /// # Errors
     /// [`Error::Usage`] when a number does not fit TOML.
-    pub fn to_toml(&self) -> Result<String> {
+    pub fn to_toml(&self, init: bool) -> Result<String> {
         let mut table = toml::Table::try_from(self).map_err(|e| Error::usage(format!("no TOML form: {e}")))?;
         table.remove("objective");
         let embeddings = if self.objective == Objective::Distill { " --embeddings EMBEDDINGS" } else { "" };
+        let init = if init { " --init INIT" } else { "" };
         let name = self.objective.name();
         Ok(format!(
-            "# Repeat with: student-train {name} --config config.toml --shards SHARDS{embeddings} --output RUN\n{table}"
+            "# Repeat with: student-train {name} --config config.toml --shards SHARDS{embeddings}{init} --output RUN\n{table}"
         ))
     }
 
@@ -276,24 +287,32 @@ mod tests {
     fn resolved_file_repeats_the_run() {
         let options = Options { lr: Some(0.1 + 0.2), batch_size: Some(64), ..Options::default() };
         let config = Config::new(Objective::Distill, &options, Some(16)).unwrap();
-        let read: Options = toml::from_str(&config.to_toml().unwrap()).unwrap();
+        let read: Options = toml::from_str(&config.to_toml(false).unwrap()).unwrap();
         assert_eq!(Config::new(Objective::Distill, &read, Some(16)).unwrap(), config);
     }
 
     #[test]
     fn experiments_are_valid() {
         let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
-        let mut experiments = 0;
+        let mut experiments = Vec::new();
         for entry in std::fs::read_dir(directory).unwrap() {
             let path = entry.unwrap().path();
             let text = std::fs::read_to_string(&path).unwrap();
             let options: Options = toml::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
             for objective in [Objective::Pretrain, Objective::Distill] {
-                Config::new(objective, &options, None).unwrap();
+                experiments.push(Config::new(objective, &options, None).unwrap());
             }
             assert!(text.lines().any(|line| line.starts_with("#   student-train ")), "{}", path.display());
-            experiments += 1;
         }
-        assert!(experiments >= 7);
+        let widths =
+            |student| experiments.iter().filter(move |config| config.student == student).map(|c| c.head_hidden);
+        // The students of the paper, and the two widths of its narrow heads.
+        for student in
+            [Arch::ResNet18, Arch::ResNet34, Arch::EfficientNetB0, Arch::EfficientNetB1, Arch::MobileNetV3Large]
+        {
+            assert!(widths(student).any(|width| width == 2048), "{student}");
+        }
+        assert!(widths(Arch::MobileNetV3Large).any(|width| width == 512));
+        assert!(widths(Arch::EfficientNetB0).any(|width| width == 1280));
     }
 }

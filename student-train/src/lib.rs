@@ -4,17 +4,22 @@
 //! of a batch. A query encoder learns to tell the two views of a sample from a queue of other samples' views and, when there is
 //! a teacher, to give both views the teacher's embeddings; a key encoder follows it slowly and feeds the queue. The result is a
 //! run: a directory with the student, the losses, checkpoints and a manifest. A killed run resumes to the same bytes.
+//!
+//! Weights of other programs come in by `import`, or directly as the start of a run; students leave by `export`.
 
 pub mod args;
 pub mod batches;
 pub mod config;
 pub mod export;
+pub mod import;
+pub mod init;
 pub mod objective;
 pub mod queue;
 pub mod step;
 pub mod student;
 pub mod train_log;
 pub mod trainer;
+pub mod weights;
 
 use std::path::PathBuf;
 
@@ -24,9 +29,10 @@ use shared::manifest::Manifest;
 use shared::run::{Losses, Objective, RunDetails, STUDENT_FILE};
 use shared::{Error, Result};
 
-pub use args::{Args, Command, ExportArgs, Options, TrainArgs};
+pub use args::{Args, Command, ExportArgs, ImportArgs, Options, TrainArgs};
 pub use config::{Config, Plan};
 pub use export::Exported;
+pub use import::Imported;
 pub use trainer::Outcome;
 
 /// What a command did.
@@ -37,6 +43,8 @@ pub enum Summary {
     Trained(Trained),
     /// `export`.
     Exported(Exported),
+    /// `import`.
+    Imported(Imported),
 }
 
 /// What a training came to.
@@ -65,12 +73,13 @@ pub struct Trained {
 /// Runs a command.
 ///
 /// # Errors
-/// As [`trainer::train`] and [`export::export`].
+/// As [`trainer::train`], [`export::export`] and [`import::import`].
 pub fn run(args: &Args) -> Result<Summary> {
     match &args.command {
         Command::Distill(args) => train(Objective::Distill, args).map(Summary::Trained),
         Command::Pretrain(args) => train(Objective::Pretrain, args).map(Summary::Trained),
         Command::Export(args) => export::export(args).map(Summary::Exported),
+        Command::Import(args) => import::import(args).map(Summary::Imported),
     }
 }
 
@@ -83,6 +92,7 @@ pub fn run_and_print(args: &Args) -> Result<()> {
     let json = match &args.command {
         Command::Distill(args) | Command::Pretrain(args) => args.common.json,
         Command::Export(args) => args.json,
+        Command::Import(args) => args.json,
     };
     if json { print_json(&summary) } else { print(&summary.to_string()) }
 }
@@ -132,6 +142,7 @@ impl std::fmt::Display for Summary {
             Self::Exported(Exported { output, student, bytes, .. }) => {
                 write!(f, "wrote {student} to `{}` ({bytes} bytes)", output.display())
             }
+            Self::Imported(imported) => imported.fmt(f),
             Self::Trained(trained) => {
                 let run = trained.output.display();
                 match (trained.final_losses, trained.already_finished) {

@@ -32,6 +32,17 @@ impl Student {
         Ok(Self { query, key, bn_groups })
     }
 
+    /// Replaces some of the query encoder's tensors, names and layouts of `PyTorch`; the key encoder is its copy again.
+    ///
+    /// # Errors
+    /// [`shared::Error::Invalid`] for a tensor that the encoder does not have, or of another shape; nothing is changed then.
+    pub fn start_from(&self, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+        let mut all = self.query.store().to_tensors()?;
+        all.extend(tensors.iter().map(|(name, tensor)| (name.clone(), tensor.clone())));
+        self.query.store().load(&all)?;
+        self.key.store().copy_from(self.query.store())
+    }
+
     /// The encoder that learns.
     pub fn query(&self) -> &Encoder {
         &self.query

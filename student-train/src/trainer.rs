@@ -1,9 +1,10 @@
 //! The run from beginning to end.
 //!
 //! Order when starting, which is also the order when resuming:
-//! 1. the shard set, the embedding set made from it, and the configuration that follows from both;
+//! 1. the shard set, the embedding set made from it, the configuration that follows from both, and the weights to start from;
 //! 2. the run's directory: locked, compared with what is asked for, finished or not;
-//! 3. the newest checkpoint that is whole: query and key encoder, momenta, queue and its pointer;
+//! 3. the newest checkpoint that is whole: query and key encoder, momenta, queue and its pointer; if there is none, the
+//!    weights to start from;
 //! 4. `metrics.jsonl`, cut back to that checkpoint;
 //! 5. the batches from its step on, made ahead;
 //! 6. steps; after each epoch, and every `--checkpoint-steps`, a checkpoint;
@@ -36,6 +37,7 @@ use crate::args::{LrUnit, Options};
 use crate::batches::{Batches, queue_advice};
 use crate::config::{Config, Plan};
 use crate::export::write_student;
+use crate::init::Init;
 use crate::step::{Batch, TrainingState, batch_shuffle};
 use crate::train_log::{Display, EpochSums, TrainLog};
 
@@ -83,13 +85,15 @@ pub fn train(objective: Objective, options: &Options, plan: &Plan) -> Result<Out
     if let (Some(embeddings), Some(path)) = (&embeddings, &plan.embeddings) {
         inputs.push(embeddings.manifest().as_input(EMBEDDINGS_ROLE, path));
     }
+    let init = Init::find(plan, &config)?;
+    inputs.extend(init.as_ref().map(|init| init.input().clone()));
     let batches = Arc::new(Batches::new(shards, embeddings, config.batch_size, config.seed)?);
     let identity = Identity::new(Stage::StudentTrain, &config, config.seed, inputs)?;
     let output = match OutputDir::begin(&plan.output, &identity, plan.overwrite)? {
         Begun::Finished(manifest) => return Ok(Outcome::AlreadyFinished(manifest)),
         Begun::Writing(output) => output,
     };
-    Trainer::start(&config, plan, &identity, &output, batches)?.run(output)
+    Trainer::start(&config, plan, &identity, init.as_ref(), &output, batches)?.run(output)
 }
 
 struct Trainer<'a> {
@@ -110,11 +114,12 @@ impl<'a> Trainer<'a> {
         config: &'a Config,
         plan: &'a Plan,
         identity: &Identity,
+        init: Option<&Init>,
         output: &OutputDir,
         batches: Arc<Batches>,
     ) -> Result<Self> {
         let run = output.path();
-        let config_file = write_atomic(run.join(CONFIG_FILE), config.to_toml()?.as_bytes())?;
+        let config_file = write_atomic(run.join(CONFIG_FILE), config.to_toml(init.is_some())?.as_bytes())?;
         let checkpoints = Checkpoints::open(run.join(CHECKPOINT_DIRECTORY), identity, plan.keep)?;
         let mut state = TrainingState::new(config)?;
         let say = |text: &str| {
@@ -127,6 +132,9 @@ impl<'a> Trainer<'a> {
             |checkpoint| resume(&mut state, &checkpoint, run, &batches),
         )?;
         let step = resumed.as_ref().map_or(0, |(step, _)| *step);
+        if let (None, Some(init)) = (&resumed, init) {
+            say(&init.start(state.student())?);
+        }
         if !plan.quiet {
             note_cpu();
         }

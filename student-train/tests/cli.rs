@@ -64,6 +64,9 @@ fn help_names_every_default() -> Result<()> {
     for word in ["--embeddings", "[default: 0.03]", "[default: 65536]", "[default: 0.2]", "--distill-weight"] {
         assert!(stdout.contains(word), "{word} is not in {stdout}");
     }
+    for words in ["Continue from a timm or torchvision checkpoint", "512 for MobileNetV3, 1280 for other students"] {
+        assert!(stdout.contains(words), "{words} is not in {stdout}");
+    }
     let mut process = Command::new(env!("CARGO_BIN_EXE_student-train"));
     process.args(["pretrain", "--help"]);
     assert!(!output(process)?.1.contains("--embeddings"));

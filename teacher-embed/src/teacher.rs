@@ -12,7 +12,7 @@ use shared::ops::{self, Engine, Mode, Pass};
 use shared::run::Run;
 use shared::weights::names::{Method, Recognised, fit, recognise};
 use shared::weights::{Checkpoint, Entry};
-use shared::{Error, Fault, Result};
+use shared::{Error, Result};
 
 /// The role under which an embedding set records its weights.
 pub const WEIGHTS_ROLE: &str = "weights";
@@ -64,7 +64,7 @@ impl Teacher {
 
     fn from_run(path: &Path, arch: Option<Arch>, method: Option<Method>) -> Result<Self> {
         let run = open_run(path)?;
-        check_hash(&run)?;
+        run.check_hash(&run.details().checkpoint)?;
         let encoder = run.query_encoder()?;
         let head = encoder.head();
         let known = (encoder.arch(), Method::MocoV2);
@@ -168,15 +168,6 @@ fn newest_checkpoint(run: &Path) -> Option<PathBuf> {
     let entries = std::fs::read_dir(run.join("checkpoints")).ok()?;
     let files = entries.filter_map(|entry| Some(entry.ok()?.path()));
     files.filter(|path| path.extension().is_some_and(|extension| extension == "safetensors")).max()
-}
-
-/// The checkpoint of a run must be the one that its manifest records: the fingerprint of the run stands for it.
-fn check_hash(run: &Run) -> Result<()> {
-    let name = &run.details().checkpoint;
-    let path = run.directory().join(name);
-    let expected = run.manifest().files.iter().find(|file| file.path == *name).map(|file| file.blake3.clone());
-    let (expected, found) = (expected.unwrap_or_default(), hash_file(&path)?.blake3);
-    if found == expected { Ok(()) } else { Err(Error::damaged(path, Fault::Hash { expected, found })) }
 }
 
 /// Rows scaled to unit length.

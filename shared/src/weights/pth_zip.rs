@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{Cursor, Read as _};
 
+use zip::read::{ArchiveOffset, Config};
 use zip::{CompressionMethod, ZipArchive};
 
 use super::pickle::{self, Pickle};
@@ -24,9 +25,15 @@ fn syntax(error: zip::result::ZipError) -> Fault {
     Fault::Syntax(format!("zip archive: {error}"))
 }
 
+/// The archive begins with the file, which was recognised by its first bytes. The `zip` crate would look for a beginning elsewhere,
+/// and is mistaken when a header of the directory is as long as the records at its end.
+fn archive(bytes: &[u8]) -> Result<ZipArchive<Cursor<&[u8]>>, Fault> {
+    ZipArchive::with_config(Config { archive_offset: ArchiveOffset::Known(0) }, Cursor::new(bytes)).map_err(syntax)
+}
+
 /// Reads the pickle and finds the records, without touching what they hold.
 pub(super) fn open(bytes: &[u8]) -> Result<(Pickle, Archive), Fault> {
-    let mut archive = ZipArchive::new(Cursor::new(bytes)).map_err(syntax)?;
+    let mut archive = archive(bytes)?;
     let headers = central_headers(bytes, archive.central_directory_start());
     if headers != archive.len() {
         let message = format!("zip archive: {headers} entries have {} names, one is there twice", archive.len());
@@ -126,6 +133,6 @@ fn inflate_into(archive: &mut ZipArchive<Cursor<&[u8]>>, index: usize, length: u
 
 /// The bytes of a compressed record.
 pub(super) fn inflate(bytes: &[u8], index: usize, length: u64) -> Result<Vec<u8>, Fault> {
-    let mut archive = ZipArchive::new(Cursor::new(bytes)).map_err(syntax)?;
+    let mut archive = archive(bytes)?;
     inflate_into(&mut archive, index, length)
 }

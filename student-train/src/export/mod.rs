@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
+use shared::cli::may_write;
 use shared::io::{FileEntry, write_atomic};
 use shared::models::{Arch, Encoder};
 use shared::onnx;
@@ -26,25 +27,38 @@ use crate::args::{ExportArgs, ExportFormat, TensorNames};
 /// # Errors
 /// [`Error::Io`].
 pub fn write_student(run: &Path, encoder: &Encoder, image_size: [usize; 2]) -> Result<FileEntry> {
-    let mut tensors = encoder.store().to_tensors()?;
-    tensors.retain(|name, _| Encoder::is_backbone_tensor(name));
-    let mut metadata = description(encoder.arch(), image_size);
-    metadata.insert("format".into(), "pt".into());
-    write_tensors(run.join(STUDENT_FILE), &metadata, &tensors)
+    write_backbone(&run.join(STUDENT_FILE), encoder, input_entries(image_size))
 }
 
-/// How to use a student, as text entries.
-fn description(arch: Arch, [height, width]: [usize; 2]) -> BTreeMap<String, String> {
-    BTreeMap::from(
-        [
-            ("arch", arch.name().to_string()),
-            ("feature_width", arch.feature_width().to_string()),
-            ("image_size", format!("{height}x{width}")),
-            ("mean", format!("{IMAGENET_DEFAULT_MEAN:?}")),
-            ("std", format!("{IMAGENET_DEFAULT_STD:?}")),
-        ]
-        .map(|(key, value)| (key.to_string(), value)),
-    )
+/// Writes an encoder without its head; the header's text entries are its architecture, its feature width, and `input`.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn write_backbone(
+    path: &Path,
+    encoder: &Encoder,
+    input: impl IntoIterator<Item = (&'static str, String)>,
+) -> Result<FileEntry> {
+    let mut tensors = encoder.store().to_tensors()?;
+    tensors.retain(|name, _| Encoder::is_backbone_tensor(name));
+    let mut metadata = description(encoder.arch(), input);
+    metadata.insert("format".into(), "pt".into());
+    write_tensors(path, &metadata, &tensors)
+}
+
+/// What a network takes and gives, as text entries.
+fn description(arch: Arch, input: impl IntoIterator<Item = (&'static str, String)>) -> BTreeMap<String, String> {
+    let network = [("arch", arch.name().to_string()), ("feature_width", arch.feature_width().to_string())];
+    network.into_iter().chain(input).map(|(key, value)| (key.to_string(), value)).collect()
+}
+
+/// The images that students are trained with, as text entries.
+fn input_entries([height, width]: [usize; 2]) -> [(&'static str, String); 3] {
+    [
+        ("image_size", format!("{height}x{width}")),
+        ("mean", format!("{IMAGENET_DEFAULT_MEAN:?}")),
+        ("std", format!("{IMAGENET_DEFAULT_STD:?}")),
+    ]
 }
 
 /// What was exported.
@@ -69,10 +83,7 @@ pub struct Exported {
 pub fn export(args: &ExportArgs) -> Result<Exported> {
     check_options(args)?;
     let run = Run::open(&args.run)?;
-    if args.output.exists() && !args.overwrite {
-        let message = format!("`{}` exists: choose another `--output`, or add `--overwrite`", args.output.display());
-        return Err(Error::usage(message));
-    }
+    may_write(&args.output, args.overwrite)?;
     let contents = match args.format {
         ExportFormat::Safetensors => {
             let path = checked(&run, STUDENT_FILE)?;
@@ -127,7 +138,7 @@ fn onnx_contents(run: &Run, args: &ExportArgs) -> Result<Vec<u8>> {
         checked(run, STUDENT_FILE)?;
         (run.student()?, "`features` [batch, F]")
     };
-    let mut metadata = description(details.arch, size);
+    let mut metadata = description(details.arch, input_entries(size));
     if args.head {
         metadata.insert("embedding_dim".into(), details.embedding_dim.to_string());
     }
@@ -142,14 +153,6 @@ fn onnx_contents(run: &Run, args: &ExportArgs) -> Result<Vec<u8>> {
 
 /// The path of a run's file whose contents are those that were recorded.
 fn checked(run: &Run, file: &str) -> Result<PathBuf> {
-    let path = run.directory().join(file);
-    let found = shared::io::hash_file(&path)?.blake3;
-    let recorded = run.manifest().files.iter().find(|entry| entry.path == file).map(|entry| &entry.blake3);
-    match recorded {
-        Some(expected) if *expected != found => {
-            let fault = shared::Fault::Hash { expected: expected.clone(), found };
-            Err(Error::damaged(path, fault))
-        }
-        _ => Ok(path),
-    }
+    run.check_hash(file)?;
+    Ok(run.directory().join(file))
 }

@@ -1,6 +1,7 @@
 //! Whole trainings in this process: resuming, equal bytes, exported students, and what is refused.
 
 mod export;
+mod init;
 mod refusals;
 mod resume;
 mod workspace;
@@ -14,6 +15,6 @@ use workspace::Workspace;
 fn train(workspace: &Workspace, command: &str, run: &str, more: &[&str]) -> Result<Trained> {
     match student_train::run(&Args::parse_from(workspace.arguments(command, run, more)))? {
         Summary::Trained(trained) => Ok(trained),
-        Summary::Exported(_) => Err(shared::Error::usage("not a training")),
+        Summary::Exported(_) | Summary::Imported(_) => Err(shared::Error::usage("not a training")),
     }
 }

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
 
 use shared::run::{Objective, Run};
 use shared::tensor_file::TensorFile;
