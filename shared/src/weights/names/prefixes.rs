@@ -107,15 +107,14 @@ impl Place {
         let mut found = BTreeMap::new();
         for (own, shape) in names.under(&self.prefix) {
             let name = format!("{}{own}", self.prefix);
-            match parts(own, shape) {
-                Some(parts) => found.extend(parts.map(|(part, rows, first_row)| {
+            if let Some(parts) = parts(own, shape) {
+                found.extend(parts.map(|(part, rows, first_row)| {
                     let shape = std::iter::once(rows).chain(shape.iter().skip(1).copied()).collect();
                     (part, Source { name: name.clone(), shape, first_row: Some(first_row) })
-                })),
-                None => {
-                    let source = Source { name, shape: shape.to_vec(), first_row: None };
-                    found.insert(self.naming.network_name(own), source);
-                }
+                }));
+            } else {
+                let source = Source { name, shape: shape.to_vec(), first_row: None };
+                found.insert(self.naming.network_name(own), source);
             }
         }
         found
