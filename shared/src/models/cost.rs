@@ -1,14 +1,19 @@
 //! What a backbone costs: the multiplications of one image, and the parameters.
 
-use super::{Arch, Backbone};
-use crate::Result;
-use crate::ops::{Activation, Builder, ConvBn, Interpreter, Linear, Shape, SqueezeExcite};
 use candle_core::Device;
+
+use super::{Arch, Backbone, VitOptions};
+use crate::Result;
+use crate::ops::{
+    Activation, Builder, Conv2d, ConvBn, FOURIER_CHANNELS, Interpreter, LayerNorm, Linear, LocalPatchInteraction,
+    Parameter, PatchEmbedding, Shape, SqueezeExcite,
+};
 
 /// What one image costs a backbone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cost {
-    /// Multiply-accumulate operations of convolutions and linear layers; shifts, norms, activations and pools are left out.
+    /// Multiply-accumulate operations of convolutions, linear layers and the products of attention; shifts, norms, activations and pools
+    /// are left out.
     pub multiply_accumulates: u64,
     /// Trainable values.
     pub parameters: u64,
@@ -32,7 +37,7 @@ pub struct Cost {
 /// ```
 pub fn cost(arch: Arch, [height, width]: [usize; 2]) -> Result<Cost> {
     let mut builder = Builder::new(&Device::Cpu);
-    let backbone = Backbone::new(&mut builder, arch)?;
+    let backbone = Backbone::new(&mut builder, arch, VitOptions::default())?;
     let parameters = builder.finish_zeroed().num_parameters() as u64;
     let mut counter = Counter::default();
     backbone.forward(&mut counter, &Shape::Image { channels: 3, height, width })?;
@@ -45,17 +50,22 @@ struct Counter {
     multiply_accumulates: u64,
 }
 
+impl Counter {
+    fn convolution(&mut self, xs: &Shape, params: &Conv2d) -> Result<Shape> {
+        let geometry = params.geometry;
+        let ys = xs.convolved(&geometry)?;
+        let (pixels, channels) = ys.rows();
+        let taps = geometry.channels_per_group() * geometry.kernel * geometry.kernel;
+        self.multiply_accumulates += (channels * pixels * taps) as u64;
+        Ok(ys)
+    }
+}
+
 impl Interpreter for Counter {
     type Value = Shape;
 
     fn conv_bn(&mut self, xs: &Shape, params: &ConvBn, _: Option<&Shape>, _: Activation) -> Result<Shape> {
-        let geometry = params.conv.geometry;
-        let ys = xs.convolved(&geometry)?;
-        if let Shape::Image { channels, height, width } = ys {
-            let taps = geometry.channels_per_group() * geometry.kernel * geometry.kernel;
-            self.multiply_accumulates += (channels * height * width * taps) as u64;
-        }
-        Ok(ys)
+        self.convolution(xs, &params.conv)
     }
 
     fn max_pool(&mut self, xs: &Shape) -> Result<Shape> {
@@ -67,7 +77,7 @@ impl Interpreter for Counter {
     }
 
     fn linear(&mut self, xs: &Shape, params: &Linear, _: Activation) -> Result<Shape> {
-        self.multiply_accumulates += params.weight.var().elem_count() as u64;
+        self.multiply_accumulates += (xs.rows().0 * params.weight.var().elem_count()) as u64;
         xs.mapped(params)
     }
 
@@ -75,6 +85,63 @@ impl Interpreter for Counter {
         let means = self.global_average_pool(xs)?;
         let few = self.linear(&means, &params.reduce, params.act)?;
         self.linear(&few, &params.expand, Activation::Identity)?;
+        Ok(*xs)
+    }
+
+    fn embed_patches(&mut self, xs: &Shape, params: &PatchEmbedding) -> Result<Shape> {
+        self.convolution(xs, &params.projection.conv)?;
+        xs.embedded(params)
+    }
+
+    fn add_fourier_positions(&mut self, xs: &Shape, params: &Linear) -> Result<Shape> {
+        let waves = xs.with_width(FOURIER_CHANNELS);
+        self.linear(&waves, params, Activation::Identity)
+    }
+
+    fn layer_norm(&mut self, xs: &Shape, _: &LayerNorm) -> Result<Shape> {
+        Ok(*xs)
+    }
+
+    /// Similarities of all pairs of tokens, and sums of all tokens for each.
+    fn attention(&mut self, qkv: &Shape, _: usize) -> Result<Shape> {
+        let (tokens, width) = qkv.rows();
+        self.multiply_accumulates += (2 * tokens * tokens * (width / 3)) as u64;
+        Ok(qkv.with_width(width / 3))
+    }
+
+    /// Similarities of all pairs of channels of a head, and sums of all its channels for each.
+    fn cross_covariance_attention(&mut self, qkv: &Shape, temperature: &Parameter) -> Result<Shape> {
+        let (tokens, width) = qkv.rows();
+        let head = width / 3 / temperature.var().elem_count();
+        self.multiply_accumulates += (2 * tokens * head * (width / 3)) as u64;
+        Ok(qkv.with_width(width / 3))
+    }
+
+    fn class_attention(&mut self, query: &Shape, keys: &Shape, _: &Shape, _: usize) -> Result<Shape> {
+        let (tokens, width) = keys.rows();
+        self.multiply_accumulates += (2 * tokens * width) as u64;
+        Ok(*query)
+    }
+
+    fn local_patch_interaction(&mut self, xs: &Shape, params: &LocalPatchInteraction) -> Result<Shape> {
+        let xs = self.convolution(xs, &params.conv1.conv)?;
+        self.convolution(&xs, &params.conv2.conv)
+    }
+
+    fn prepend_token(&mut self, xs: &Shape, _: &Parameter) -> Result<Shape> {
+        let (tokens, width) = xs.rows();
+        Ok(Shape::Tokens { count: 1 + tokens, width })
+    }
+
+    fn first_token(&mut self, xs: &Shape) -> Result<Shape> {
+        Ok(Shape::Row { width: xs.rows().1 })
+    }
+
+    fn replace_first_token(&mut self, xs: &Shape, _: &Shape) -> Result<Shape> {
+        Ok(*xs)
+    }
+
+    fn add_branch(&mut self, xs: &Shape, _: &Shape, _: Option<&Parameter>) -> Result<Shape> {
         Ok(*xs)
     }
 }

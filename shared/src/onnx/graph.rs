@@ -1,6 +1,6 @@
 //! Follows a network's definition and writes down the operators of ONNX that compute it.
 //!
-//! Images are `(B, C, H, W)`. An edge is called like the node that it leaves, a node like the parameters that it uses: `layer1.0.conv1`,
+//! Images are `(B, C, H, W)`; `tokens` has the blocks of transformers. An edge is called like the node that it leaves, a node like the parameters that it uses: `layer1.0.conv1`,
 //! `layer1.0.bn1`, `layer1.0.bn1.relu`. Constants have the names and layouts of the file that `PyTorch` reads, which are ONNX's as well.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -9,7 +9,8 @@ use candle_core::Tensor;
 
 use super::proto::{AttributeProto, AttributeType, DataType, NodeProto, TensorProto};
 use crate::ops::{
-    Activation, BatchNorm, Conv2d, ConvBn, Gate, Interpreter, Linear, Padding, Parameter, Shape, SqueezeExcite,
+    Activation, BatchNorm, Conv2d, ConvBn, Gate, Interpreter, LayerNorm, Linear, LocalPatchInteraction, Padding,
+    Parameter, PatchEmbedding, Shape, SqueezeExcite,
 };
 use crate::{Error, Result};
 
@@ -21,14 +22,22 @@ const SHORTEST_ROW: f32 = 1e-12;
 pub(super) struct Edge {
     pub(super) name: String,
     pub(super) shape: Shape,
-    /// Whether a row is still `(B, F, 1, 1)`, as a pool leaves it.
-    is_pixel: bool,
+    pub(super) form: Form,
+}
+
+/// How the numbers of an edge lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Form {
+    /// An image as `(B, C, H, W)`, or a row as `(B, F, 1, 1)`, as a pool leaves it.
+    Planes,
+    /// The pixels of an image or tokens as `(B, N, C)`, a row as `(B, F)`.
+    Rows,
 }
 
 impl Edge {
     /// A graph's input.
     pub(super) fn image(name: &str, shape: Shape) -> Self {
-        Self { name: name.into(), shape, is_pixel: false }
+        Self { name: name.into(), shape, form: Form::Planes }
     }
 }
 
@@ -49,9 +58,12 @@ impl<'a> GraphBuilder<'a> {
 
     /// Makes an edge of rows an output: `(B, F)` under a name of its own.
     pub(super) fn output(&mut self, edge: &Edge, name: &str) -> Edge {
-        let (op, attributes) = if edge.is_pixel { ("Flatten", vec![integer("axis", 1)]) } else { ("Identity", vec![]) };
+        let (op, attributes) = match edge.form {
+            Form::Planes => ("Flatten", vec![integer("axis", 1)]),
+            Form::Rows => ("Identity", vec![]),
+        };
         self.node(op, name.into(), &[&edge.name], attributes);
-        Edge { name: name.into(), is_pixel: false, ..edge.clone() }
+        Edge { name: name.into(), form: Form::Rows, ..edge.clone() }
     }
 
     /// Rows of unit length.
@@ -65,19 +77,31 @@ impl<'a> GraphBuilder<'a> {
     }
 
     /// Adds an operator with one output, which gets the node's name.
-    fn node(&mut self, op: &str, name: String, inputs: &[&str], attribute: Vec<AttributeProto>) -> String {
-        self.nodes.push(NodeProto {
-            input: inputs.iter().map(ToString::to_string).collect(),
-            output: vec![name.clone()],
-            name: Some(name.clone()),
-            op_type: Some(op.into()),
-            attribute,
-        });
+    pub(super) fn node(&mut self, op: &str, name: String, inputs: &[&str], attribute: Vec<AttributeProto>) -> String {
+        self.node_of_many(op, name.clone(), inputs, vec![name.clone()], attribute);
         name
     }
 
+    /// Adds an operator with any outputs.
+    pub(super) fn node_of_many(
+        &mut self,
+        op: &str,
+        name: String,
+        inputs: &[&str],
+        output: Vec<String>,
+        attribute: Vec<AttributeProto>,
+    ) {
+        self.nodes.push(NodeProto {
+            input: inputs.iter().map(ToString::to_string).collect(),
+            output,
+            name: Some(name),
+            op_type: Some(op.into()),
+            attribute,
+        });
+    }
+
     /// Adds a parameter to the constants, once, and hands over its name and shape.
-    fn parameter(&mut self, parameter: &Parameter) -> Result<(String, &'a [usize])> {
+    pub(super) fn parameter(&mut self, parameter: &Parameter) -> Result<(String, &'a [usize])> {
         let name = parameter.name();
         let tensor = self.tensors.get(name).ok_or_else(|| Error::invalid(format!("no values for `{name}`"), ""))?;
         if self.used.insert(name.into()) {
@@ -93,33 +117,52 @@ impl<'a> GraphBuilder<'a> {
     }
 
     /// Adds a number to the constants, once, and hands over its name.
-    fn scalar(&mut self, name: String, value: f32) -> String {
+    pub(super) fn scalar(&mut self, name: String, value: f32) -> String {
+        self.floats(name, &[], &[value])
+    }
+
+    /// Adds numbers to the constants, once, and hands over their name.
+    pub(super) fn floats(&mut self, name: String, dims: &[usize], values: &[f32]) -> String {
+        self.constant(name, dims, DataType::Float, bytemuck::cast_slice(values).to_vec())
+    }
+
+    /// Adds whole numbers to the constants, once, and hands over their name.
+    pub(super) fn whole_numbers(&mut self, name: String, dims: &[usize], values: &[i64]) -> String {
+        self.constant(name, dims, DataType::Int64, bytemuck::cast_slice(values).to_vec())
+    }
+
+    fn constant(&mut self, name: String, dims: &[usize], data_type: DataType, raw_data: Vec<u8>) -> String {
         if self.used.insert(name.clone()) {
             self.initializers.push(TensorProto {
-                dims: Vec::new(),
-                data_type: Some(DataType::Float.into()),
+                dims: dims.iter().map(|size| *size as i64).collect(),
+                data_type: Some(data_type.into()),
                 name: Some(name.clone()),
-                raw_data: Some(value.to_le_bytes().to_vec()),
+                raw_data: Some(raw_data),
             });
         }
         name
     }
 
-    fn convolution(&mut self, xs: &Edge, params: &Conv2d) -> Result<Edge> {
+    /// A convolution, with a bias or without.
+    pub(super) fn convolution(&mut self, xs: &Edge, params: &Conv2d, bias: Option<&Parameter>) -> Result<Edge> {
         let geometry = params.geometry;
         let shape = xs.shape.convolved(&geometry)?;
-        let (weight, _) = self.parameter(&params.weight)?;
+        let mut inputs = vec![xs.name.clone(), self.parameter(&params.weight)?.0];
+        if let Some(bias) = bias {
+            inputs.push(self.parameter(bias)?.0);
+        }
+        let inputs: Vec<&str> = inputs.iter().map(String::as_str).collect();
         let attributes = vec![
             integer("group", if geometry.depthwise { geometry.in_channels } else { 1 }),
             integers("kernel_shape", vec![geometry.kernel; 2]),
             integers("pads", pads(xs.shape, shape, params)),
             integers("strides", vec![geometry.stride; 2]),
         ];
-        let name = self.node("Conv", layer_name(&params.weight), &[&xs.name, &weight], attributes);
-        Ok(Edge { name, shape, is_pixel: false })
+        let name = self.node("Conv", layer_name(&params.weight), &inputs, attributes);
+        Ok(Edge { name, shape, form: Form::Planes })
     }
 
-    fn batch_norm(&mut self, xs: &Edge, params: &BatchNorm) -> Result<Edge> {
+    pub(super) fn batch_norm(&mut self, xs: &Edge, params: &BatchNorm) -> Result<Edge> {
         let mut inputs = vec![xs.name.clone()];
         for parameter in [&params.weight, &params.bias, &params.running_mean, &params.running_var] {
             inputs.push(self.parameter(parameter)?.0);
@@ -130,7 +173,7 @@ impl<'a> GraphBuilder<'a> {
         Ok(Edge { name, ..xs.clone() })
     }
 
-    fn activation(&mut self, xs: Edge, act: Activation) -> Edge {
+    pub(super) fn activation(&mut self, xs: Edge, act: Activation) -> Edge {
         let input = xs.name.as_str();
         let name = match act {
             Activation::Identity => return xs,
@@ -144,6 +187,7 @@ impl<'a> GraphBuilder<'a> {
                 self.node("Mul", format!("{input}.silu"), &[input, &gate], vec![])
             }
             Activation::HardSwish => self.node("HardSwish", format!("{input}.hard_swish"), &[input], vec![]),
+            Activation::Gelu => self.gelu(input),
         };
         Edge { name, ..xs }
     }
@@ -151,7 +195,7 @@ impl<'a> GraphBuilder<'a> {
     fn mean(&mut self, xs: &Edge, name: String) -> Result<Edge> {
         let shape = xs.shape.averaged()?;
         let name = self.node("GlobalAveragePool", name, &[&xs.name], vec![]);
-        Ok(Edge { name, shape, is_pixel: true })
+        Ok(Edge { name, shape, form: Form::Planes })
     }
 }
 
@@ -159,7 +203,7 @@ impl Interpreter for GraphBuilder<'_> {
     type Value = Edge;
 
     fn conv_bn(&mut self, xs: &Edge, params: &ConvBn, residual: Option<&Edge>, act: Activation) -> Result<Edge> {
-        let convolved = self.convolution(xs, &params.conv)?;
+        let convolved = self.convolution(xs, &params.conv, None)?;
         let mut normed = self.batch_norm(&convolved, &params.norm)?;
         if let Some(residual) = residual {
             if residual.shape != normed.shape {
@@ -176,7 +220,7 @@ impl Interpreter for GraphBuilder<'_> {
         let attributes =
             vec![integers("kernel_shape", vec![3; 2]), integers("pads", vec![1; 4]), integers("strides", vec![2; 2])];
         let name = self.node("MaxPool", format!("{}.max_pool", xs.name), &[&xs.name], attributes);
-        Ok(Edge { name, shape, is_pixel: false })
+        Ok(Edge { name, shape, form: Form::Planes })
     }
 
     fn global_average_pool(&mut self, xs: &Edge) -> Result<Edge> {
@@ -186,9 +230,12 @@ impl Interpreter for GraphBuilder<'_> {
     /// A weight of a 1x1 convolution stays one.
     fn linear(&mut self, xs: &Edge, params: &Linear, act: Activation) -> Result<Edge> {
         let shape = xs.shape.mapped(params)?;
+        if !matches!(xs.shape, Shape::Row { .. }) {
+            return self.linear_of_tokens(xs, params, act);
+        }
         let ((weight, dims), (bias, _)) = (self.parameter(&params.weight)?, self.parameter(&params.bias)?);
         let is_convolution = dims.len() == 4;
-        if is_convolution != xs.is_pixel {
+        if is_convolution != (xs.form == Form::Planes) {
             return Err(xs.shape.error("linear", format!("input for a weight {dims:?}")));
         }
         let inputs = [xs.name.as_str(), &weight, &bias];
@@ -198,7 +245,7 @@ impl Interpreter for GraphBuilder<'_> {
         } else {
             self.node("Gemm", name, &inputs, vec![integer("transB", 1)])
         };
-        Ok(self.activation(Edge { name, shape, is_pixel: xs.is_pixel }, act))
+        Ok(self.activation(Edge { name, shape, form: xs.form }, act))
     }
 
     fn squeeze_excite(&mut self, xs: &Edge, params: &SqueezeExcite) -> Result<Edge> {
@@ -214,6 +261,50 @@ impl Interpreter for GraphBuilder<'_> {
         };
         let name = self.node("Mul", format!("{many}.scaled"), &[&xs.name, &factors], vec![]);
         Ok(Edge { name, ..xs.clone() })
+    }
+
+    fn embed_patches(&mut self, xs: &Edge, params: &PatchEmbedding) -> Result<Edge> {
+        self.patches_with_positions(xs, params)
+    }
+
+    fn add_fourier_positions(&mut self, xs: &Edge, params: &Linear) -> Result<Edge> {
+        self.plus_fourier_positions(xs, params)
+    }
+
+    fn layer_norm(&mut self, xs: &Edge, params: &LayerNorm) -> Result<Edge> {
+        self.norm_of_tokens(xs, params)
+    }
+
+    fn attention(&mut self, qkv: &Edge, heads: usize) -> Result<Edge> {
+        self.attention_of_tokens(qkv, heads)
+    }
+
+    fn cross_covariance_attention(&mut self, qkv: &Edge, temperature: &Parameter) -> Result<Edge> {
+        self.attention_of_channels(qkv, temperature)
+    }
+
+    fn class_attention(&mut self, query: &Edge, keys: &Edge, values: &Edge, heads: usize) -> Result<Edge> {
+        Ok(self.attention_of_a_row(query, keys, values, heads))
+    }
+
+    fn local_patch_interaction(&mut self, xs: &Edge, params: &LocalPatchInteraction) -> Result<Edge> {
+        self.convolutions_of_tokens(xs, params)
+    }
+
+    fn prepend_token(&mut self, xs: &Edge, token: &Parameter) -> Result<Edge> {
+        self.with_token_before(xs, token)
+    }
+
+    fn first_token(&mut self, xs: &Edge) -> Result<Edge> {
+        Ok(self.first_of_tokens(xs))
+    }
+
+    fn replace_first_token(&mut self, xs: &Edge, token: &Edge) -> Result<Edge> {
+        Ok(self.with_other_first(xs, token))
+    }
+
+    fn add_branch(&mut self, xs: &Edge, branch: &Edge, scale: Option<&Parameter>) -> Result<Edge> {
+        self.sum_with_branch(xs, branch, scale)
     }
 }
 
@@ -237,20 +328,20 @@ fn pads(input: Shape, output: Shape, params: &Conv2d) -> Vec<usize> {
 }
 
 /// The layer that a weight belongs to.
-fn layer_name(weight: &Parameter) -> String {
+pub(super) fn layer_name(weight: &Parameter) -> String {
     weight.name().trim_end_matches(".weight").into()
 }
 
-fn integer(name: &str, value: usize) -> AttributeProto {
+pub(super) fn integer(name: &str, value: usize) -> AttributeProto {
     AttributeProto { i: Some(value as i64), ..attribute(name, AttributeType::Int) }
 }
 
-fn integers(name: &str, values: Vec<usize>) -> AttributeProto {
+pub(super) fn integers(name: &str, values: Vec<usize>) -> AttributeProto {
     let ints = values.into_iter().map(|value| value as i64).collect();
     AttributeProto { ints, ..attribute(name, AttributeType::Ints) }
 }
 
-fn float(name: &str, value: f32) -> AttributeProto {
+pub(super) fn float(name: &str, value: f32) -> AttributeProto {
     AttributeProto { f: Some(value), ..attribute(name, AttributeType::Float) }
 }
 

@@ -8,6 +8,7 @@
 
 mod graph;
 pub mod proto;
+mod tokens;
 
 use std::collections::BTreeMap;
 
@@ -79,6 +80,7 @@ pub fn encode(
 fn value_info(edge: &Edge) -> ValueInfoProto {
     let sizes = match edge.shape {
         Shape::Image { channels, height, width } => vec![channels, height, width],
+        Shape::Tokens { count, width } => vec![count, width],
         Shape::Row { width } => vec![width],
     };
     let sizes = sizes.into_iter().map(|size| Dimension::DimValue(size as i64));

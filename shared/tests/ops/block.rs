@@ -261,7 +261,7 @@ impl Block {
 /// Where the derivative of an activation jumps.
 fn kinks(act: Activation) -> &'static [f64] {
     match act {
-        Activation::Identity | Activation::Silu => &[],
+        Activation::Identity | Activation::Silu | Activation::Gelu => &[],
         Activation::Relu => &[0.0],
         Activation::Relu6 => &[0.0, 6.0],
         Activation::HardSwish => &[-3.0, 3.0],

@@ -2,8 +2,10 @@
 
 mod chain;
 mod golden_activations;
+mod golden_costs;
 mod golden_disco;
 mod golden_losses;
 mod golden_models;
 mod golden_teachers;
+mod golden_transformers;
 mod pipeline;
