@@ -247,13 +247,106 @@ fn fault_names_the_tensor_even_when_its_name_holds_control_characters() {
     assert_eq!(message, "tensor `\\u{1b}`: its storage `0` is missing");
 }
 
+/// Bytes with every occurrence of a name replaced by another of the same length.
+fn renamed(mut bytes: Vec<u8>, from: &[u8], to: &[u8]) -> Vec<u8> {
+    let places: Vec<usize> = (0..bytes.len()).filter(|at| bytes[*at..].starts_with(from)).collect();
+    assert!(places.len() == 2 && from.len() == to.len(), "the local and the central header");
+    for at in places {
+        bytes[at..at + to.len()].copy_from_slice(to);
+    }
+    bytes
+}
+
+#[test]
+fn zip_entries_of_one_name_are_refused() {
+    let pickle = tensor(4, 0, &[4], &[1]);
+    let storages: [(&str, &[u8]); 3] = [("data.pkl", &pickle), ("data/0", &[0; 16]), ("data/1", &[1; 16])];
+    let bytes = archive(&storages, zip::CompressionMethod::Stored);
+    assert_eq!(read(&bytes).unwrap(), [[0.; 4]]);
+    let twice = "zip archive: 3 entries have 2 names, one is there twice";
+    assert_eq!(fault(&renamed(bytes, b"archive/data/1", b"archive/data/0")), twice);
+    let pickles: [(&str, &[u8]); 3] = [("data.pkl", &pickle), ("data.pkm", b"\x80\x02N."), ("data/0", &[0; 16])];
+    let bytes = archive(&pickles, zip::CompressionMethod::Stored);
+    assert_eq!(fault(&renamed(bytes, b"archive/data.pkm", b"archive/data.pkl")), twice);
+}
+
+#[test]
+fn names_of_a_state_dict_that_are_there_twice_are_refused() {
+    let once = tensor(4, 0, &[4], &[1]);
+    let entry = &once[3..once.len() - 1];
+    let bytes = stored(&[&b"\x80\x02}"[..], entry, entry, b"."].concat(), Some(&[0; 16]));
+    assert!(refusal(&bytes).ends_with("its state dict holds `w` twice"));
+}
+
+#[test]
+fn storages_of_a_legacy_file_that_are_there_twice_are_refused() {
+    // The fifth pickle lists the keys, a storage of four floats follows.
+    let object = tensor(4, 0, &[4], &[1]);
+    let keys = [&b"\x80\x02]("[..], &text("0"), &text("0"), b"e."].concat();
+    let storage = [&4u64.to_le_bytes()[..], &[0; 16]].concat();
+    let magic = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.";
+    let head = [&magic[..], b"\x80\x02M\xe9\x03.", b"\x80\x02}.", &object].concat();
+    assert_eq!(fault(&[&head[..], &keys, &storage, &storage].concat()), "storage `0` is there twice");
+    let keys = [&b"\x80\x02]("[..], &text("0"), b"e."].concat();
+    assert_eq!(read(&[&head[..], &keys, &storage].concat()).unwrap(), [[0.; 4]]);
+}
+
+/// A safetensors file with a header of our own.
+fn safetensors(header: &str, data: usize) -> Vec<u8> {
+    [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &vec![0; data]].concat()
+}
+
+#[test]
+fn safetensors_names_that_are_there_twice_are_refused() {
+    let one = r#""w":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}"#;
+    assert_eq!(read(&safetensors(&format!("{{{one}}}"), 16)).unwrap(), [[0.; 4]]);
+    let found = fault(&safetensors(&format!("{{{one},{one}}}"), 16));
+    assert!(found.starts_with("safetensors: `w` is there twice"), "{found}");
+}
+
+#[test]
+fn safetensors_that_claim_too_much_are_damaged() {
+    let claims = [
+        r#"{"w":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}"#,
+        r#"{"w":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,16]}}"#,
+        r#"{"w":{"dtype":"F32","shape":[4294967296,4294967296,4294967296],"data_offsets":[0,16]}}"#,
+        r#"{"w":{"dtype":"F32","shape":[4],"data_offsets":[16,0]}}"#,
+        r#"{"w":{"dtype":"F32","shape":[4],"data_offsets":[18446744073709551600,18446744073709551615]}}"#,
+        r#"{"w":{"dtype":"F32","shape":[-4],"data_offsets":[0,16]}}"#,
+    ];
+    for header in claims {
+        let found = fault(&safetensors(header, 16));
+        assert!(found.starts_with("safetensors: "), "{header}: {found}");
+    }
+    let mut bytes = safetensors(r#"{"w":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}"#, 16);
+    bytes[..8].copy_from_slice(&99_999_999u64.to_le_bytes());
+    assert!(fault(&bytes).starts_with("safetensors: "));
+}
+
+#[test]
+fn compressed_zeros_that_would_fill_the_memory_are_refused() {
+    // 64 MiB of zeros in 64 KiB: a thousandfold, which deflate can truly do.
+    let zeros = vec![0; 1 << 26];
+    let pickle = tensor(1 << 24, 0, &[1 << 24], &[1]);
+    let records: [(&str, &[u8]); 2] = [("data.pkl", &pickle), ("data/0", &zeros)];
+    let bytes = archive(&records, zip::CompressionMethod::Deflated);
+    assert!(bytes.len() < 1 << 17);
+    assert!(fault(&bytes).contains("claims 67108864 bytes in"));
+}
+
+#[test]
+fn pickles_of_endless_values_are_refused() {
+    let endless = [&b"\x80\x02("[..], &b"N".repeat((1 << 22) + 1), b"l."].concat();
+    assert!(fault(&stored(&endless, None)).ends_with("more than 4194304 values, no checkpoint has as many"));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 1500, ..ProptestConfig::default() })]
 
     #[test]
-    fn random_bytes_never_panic(start in 0..4usize, bytes in prop::collection::vec(any::<u8>(), 0..600)) {
+    fn random_bytes_never_panic(start in 0..5usize, bytes in prop::collection::vec(any::<u8>(), 0..600)) {
         let magic = golden("moco_legacy.pth.tar")[..14].to_vec();
-        let start: &[u8] = [&b""[..], b"\x80\x02", b"PK\x03\x04", &magic][start];
+        let start: &[u8] = [&b""[..], b"\x80\x02", b"PK\x03\x04", &magic, b"\x80\0\0\0\0\0\0\0{\"w\":"][start];
         prop_assert!(read(&[start, &bytes].concat()).is_err());
     }
 

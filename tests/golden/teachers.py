@@ -1,7 +1,8 @@
 """Teachers of every layout in layouts.py: what is to be recognised, embeddings by torchvision in f64, and tiny checkpoint files.
 
 Writes `teachers.json` and `teachers/*.pth`. Made with Python 3.11.7, torch 2.15.0, torchvision 0.29.2 on the CPU; the output states
-the versions. All weights and pixels come from formula.py, so there is no seed. Run it from this folder: `python teachers.py`.
+the versions. All weights and pixels come from formula.py, so there is no seed. Run it from this folder: `python teachers.py`. The files
+of the legacy format then differ in the names of their storages, which PyTorch takes from addresses in memory.
 """
 
 import argparse
@@ -48,7 +49,7 @@ def beside_networks(layout, state):
 
 def described(function, layout):
     state = layout.tree.state_dict()
-    shape = lambda name: ["F" if size == FULL_WIDTH else size for size in state[name].shape]
+    shape = lambda name: [None if size == FULL_WIDTH else size for size in state[name].shape]
     beside = beside_networks(layout, state)
     left = layout.left_over
     # What a copy of the network holds depends on the architecture: counted here without it.
@@ -56,7 +57,7 @@ def described(function, layout):
     copies = {kind: [prefix for prefix, _ in layout.networks[1:] for start in starts if prefix.startswith(start)]
               for kind, starts in left.items()}
     return {
-        "layout": function.__name__, "method": layout.method, "alike": layout.alike,
+        "name": function.__name__, "method": layout.method, "alike": layout.alike,
         "networks": [{"prefix": prefix, "numbered": numbered} for prefix, numbered in layout.networks],
         "others": [[name, shape(name)] for name in sorted(beside)],
         "left_over": {kind: {"others": counts[kind], "networks": len(copies[kind])} for kind in sorted(left)},

@@ -9,8 +9,8 @@ use std::collections::BTreeMap;
 use super::object::{Arena, Id, MAX_NAME_BYTES, Node};
 use crate::error::Fault;
 
-/// Values that one pickle may build; a large checkpoint has some ten thousand.
-const MAX_VALUES: usize = 1 << 24;
+/// Values that one pickle may build, some 100 bytes each; a large checkpoint has some ten thousand.
+const MAX_VALUES: usize = 1 << 22;
 
 /// One finished pickle.
 #[derive(Debug)]

@@ -73,7 +73,9 @@ fn walk(
         let end = length.and_then(|length| length.checked_add(at)?.checked_add(8));
         match (length, end) {
             (Some(length), Some(end)) if end <= found => {
-                records.insert(key.clone(), Record::Plain { start: at + 8, length });
+                if records.insert(key.clone(), Record::Plain { start: at + 8, length }).is_some() {
+                    return Err(Fault::Value(format!("storage `{}` is there twice", key.escape_debug())));
+                }
                 at = end;
             }
             _ => return Err(Fault::Length { expected: end.unwrap_or(u64::MAX), found }),

@@ -12,6 +12,14 @@ use crate::error::Fault;
 
 /// Bytes that one byte of a deflate stream can stand for at most, rounded up.
 const MAX_DEFLATE_RATIO: u64 = 1040;
+/// Bytes that a compressed record may stand for, over those of the whole file. Weights hardly shrink when they are compressed, and
+/// `torch.save` leaves them as they are; zeros would stand for a thousand times their bytes.
+const MAX_EXPANSION: u64 = 16;
+/// Bytes that a compressed record of a small file may stand for.
+const SMALL_BYTES: u64 = 1 << 20;
+/// The fixed part of an entry of the central directory, and how it begins.
+const CENTRAL_HEADER_BYTES: usize = 46;
+const CENTRAL_SIGNATURE: &[u8] = b"PK\x01\x02";
 
 fn syntax(error: zip::result::ZipError) -> Fault {
     Fault::Syntax(format!("zip archive: {error}"))
@@ -26,6 +34,11 @@ fn archive(bytes: &[u8]) -> Result<ZipArchive<Cursor<&[u8]>>, Fault> {
 /// Reads the pickle and finds the records, without touching what they hold.
 pub(super) fn open(bytes: &[u8]) -> Result<(Pickle, Archive), Fault> {
     let mut archive = archive(bytes)?;
+    let headers = central_headers(bytes, archive.central_directory_start());
+    if headers != archive.len() {
+        let message = format!("zip archive: {headers} entries have {} names, one is there twice", archive.len());
+        return Err(Fault::Value(message));
+    }
     let mut names = Vec::with_capacity(archive.len());
     for index in 0..archive.len() {
         let file = archive.by_index_raw(index).map_err(syntax)?;
@@ -60,6 +73,19 @@ pub(super) fn open(bytes: &[u8]) -> Result<(Pickle, Archive), Fault> {
     Ok((pickle, Archive { records, big_endian }))
 }
 
+/// Entries of the central directory: the library keeps one of each name, and would hide that there are two.
+fn central_headers(bytes: &[u8], start: u64) -> usize {
+    let mut rest = usize::try_from(start).ok().and_then(|start| bytes.get(start..)).unwrap_or_default();
+    let mut count = 0;
+    while let Some(header) = rest.first_chunk::<CENTRAL_HEADER_BYTES>().filter(|at| at.starts_with(CENTRAL_SIGNATURE)) {
+        // The lengths of the name, the extra field and the comment.
+        let lengths = [28, 30, 32].map(|at| usize::from(u16::from_le_bytes([header[at], header[at + 1]])));
+        count += 1;
+        rest = rest.get(CENTRAL_HEADER_BYTES + lengths.iter().sum::<usize>()..).unwrap_or_default();
+    }
+    count
+}
+
 /// Where a record lies; for a stored one, the range is checked against the file.
 fn record(archive: &mut ZipArchive<Cursor<&[u8]>>, index: usize, file_bytes: u64) -> Result<Record, Fault> {
     let file = archive.by_index_raw(index).map_err(syntax)?;
@@ -75,7 +101,10 @@ fn record(archive: &mut ZipArchive<Cursor<&[u8]>>, index: usize, file_bytes: u64
         CompressionMethod::Stored => {
             Err(Fault::Value(format!("zip archive: `{name}` is stored in {packed} bytes but claims {length}")))
         }
-        CompressionMethod::Deflated if length <= packed.saturating_mul(MAX_DEFLATE_RATIO).saturating_add(64) => {
+        CompressionMethod::Deflated
+            if length <= packed.saturating_mul(MAX_DEFLATE_RATIO).saturating_add(64)
+                && length <= file_bytes.saturating_mul(MAX_EXPANSION).max(SMALL_BYTES) =>
+        {
             Ok(Record::Deflated { index, length })
         }
         CompressionMethod::Deflated => {

@@ -1,8 +1,10 @@
 //! Safetensors files as checkpoints: the header is parsed and checked by the `safetensors` library.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 use ::safetensors::{Dtype as FileDtype, SafeTensors};
+use serde::de::{Deserializer as _, Error as _, IgnoredAny, MapAccess, Visitor};
 
 use super::dtype::Dtype;
 use super::layout::Layout;
@@ -16,6 +18,7 @@ type Contents = (Vec<Entry>, BTreeMap<String, serde_json::Value>, Vec<(String, S
 pub(super) fn open(bytes: &[u8]) -> Result<Contents, Fault> {
     let (header, metadata) =
         SafeTensors::read_metadata(bytes).map_err(|error| Fault::Syntax(format!("safetensors: {error}")))?;
+    check_names(bytes.get(8..8 + header).unwrap_or_default())?;
     let data = header as u64 + 8;
     let mut entries = Vec::new();
     let mut skipped = Vec::new();
@@ -37,6 +40,33 @@ pub(super) fn open(bytes: &[u8]) -> Result<Contents, Fault> {
     let texts = metadata.metadata().iter().flatten();
     let texts = texts.map(|(key, value)| (key.clone(), serde_json::Value::from(value.as_str()))).collect();
     Ok((entries, texts, skipped))
+}
+
+/// Refuses a name that is there twice, of which the library would keep one.
+fn check_names(header: &[u8]) -> Result<(), Fault> {
+    let mut json = serde_json::Deserializer::from_slice(header);
+    let read = json.deserialize_map(DistinctNames);
+    read.map_err(|error| Fault::Syntax(format!("safetensors: {error}")))
+}
+
+struct DistinctNames;
+
+impl<'de> Visitor<'de> for DistinctNames {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("descriptions of tensors by name")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        let mut names = BTreeSet::new();
+        while let Some((name, IgnoredAny)) = map.next_entry::<String, IgnoredAny>()? {
+            if let Some(name) = names.replace(name) {
+                return Err(A::Error::custom(format!("`{}` is there twice", name.escape_debug())));
+            }
+        }
+        Ok(())
+    }
 }
 
 fn row_major(shape: &[u64]) -> Vec<u64> {

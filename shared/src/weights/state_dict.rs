@@ -61,17 +61,14 @@ pub(super) fn find<'a>(arena: &'a Arena, root: Id, state_key: Option<&str>) -> R
             None => return Err(describe_root(arena, root)),
         },
     };
-    let mut last: BTreeMap<&str, Id> = BTreeMap::new();
-    let mut order = Vec::new();
-    for (name, value) in named(arena, id) {
-        if last.insert(name, value).is_none() {
-            order.push(name);
-        }
-    }
+    let mut seen = BTreeSet::new();
     let mut tensors = Vec::new();
     let mut skipped = Vec::new();
-    for name in order {
-        match arena.get(last[name]) {
+    for (name, value) in named(arena, id) {
+        if !seen.insert(name) {
+            return Err(format!("its state dict holds `{}` twice", name.escape_debug()));
+        }
+        match arena.get(value) {
             Node::Tensor(tensor) => tensors.push((name, Ok(tensor))),
             Node::Broken(reason) => tensors.push((name, Err(reason.as_str()))),
             other => skipped.push((name, kind(arena, other))),

@@ -201,6 +201,14 @@ fn weights_that_are_no_network_or_damaged_are_refused() {
     shared::io::write_atomic(&cut, &bytes[..bytes.len() - 5]).unwrap();
     assert!(matches!(with(cut), Error::Damaged { .. }));
 
+    for (name, dtype) in [("layer1.0.bn1.weight", DType::I64), ("conv1.weight", DType::U8), ("fc.0.bias", DType::I64)] {
+        let mut tensors = network(Arch::ResNet18, Some(HEAD), "", 1).unwrap();
+        tensors.insert(name.into(), tensors[name].to_dtype(dtype).unwrap());
+        let error = with(write(bench.path(), "whole.safetensors", &tensors).unwrap());
+        let kind = if dtype == DType::I64 { "i64" } else { "u8" };
+        assert!(error.to_string().contains(&format!("holds `{name}` as {kind}, weights are floats")), "{error}");
+    }
+
     let mut tensors = network(Arch::ResNet18, Some(HEAD), "", 1).unwrap();
     let nan = (tensors["bn1.bias"].ones_like().unwrap() * f64::NAN).unwrap();
     tensors.insert("bn1.bias".into(), nan);
@@ -288,6 +296,7 @@ fn description_tells_the_network_and_what_is_left_over() {
     let text = description.to_string();
     for line in [
         "recognised  resnet18 (moco-v2), embeddings of width 8, `module.encoder_q.`",
+        "head        linear 512 to 24, ReLU, linear 24 to 8",
         "left over   key encoder: 1 tensors",
         "left over   queue of negatives: 1 tensors",
         "fc.0.weight",

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 
 use super::Recognised;
+use super::prefixes::Source;
 use crate::error::{Error, Result};
 use crate::models::MlpHead;
 use crate::weights::Checkpoint;
@@ -20,7 +21,14 @@ impl Recognised {
         if !self.is_complete() || self.has_further_layers() {
             return Err(self.refusal(checkpoint));
         }
-        let read = |(name, source): (&String, &super::Source)| Ok((name.clone(), weight(checkpoint, &source.name)?));
+        let read = |(name, source): (&String, &Source)| {
+            let tensor = weight(checkpoint, &source.name)?;
+            let part = match source.first_row {
+                Some(first) => tensor.narrow(0, first, source.shape[0])?.contiguous()?,
+                None => tensor,
+            };
+            Ok((name.clone(), part))
+        };
         self.sources.iter().map(read).collect()
     }
 

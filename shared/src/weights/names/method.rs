@@ -13,13 +13,13 @@ use crate::models::{MlpConfig, MlpLayer};
 
 /// How a teacher was trained, as far as it decides what its final embedding is.
 ///
-/// The head is read from the file whatever the method is; the method says which head, and that there must be one. The rows
-/// are made unit length afterwards, as every one of these methods but Barlow Twins and VICReg does in its loss.
+/// The head is read from the file whatever the method is; the method says which head, and that there must be one. Its rows are
+/// made unit length afterwards. Every method with a head does so in its loss, but Barlow Twins and `VICReg`.
 ///
 /// # Source
 /// The official code of each method: facebookresearch/moco and moco-v3 `moco/builder.py`, swav `src/resnet50.py`, dino
-/// `vision_transformer.py` (`DINOHead`), barlowtwins `main.py`, vicreg `main_vicreg.py`; for SimCLR and BYOL, whose own code is
-/// not in PyTorch, sthalles/SimCLR, Spijkervet/SimCLR, sthalles/PyTorch-BYOL, lucidrains/byol-pytorch and lightly.
+/// `vision_transformer.py` (`DINOHead`), barlowtwins `main.py`, vicreg `main_vicreg.py`. The code of `SimCLR` and BYOL is not in
+/// `PyTorch`: sthalles/SimCLR, Spijkervet/SimCLR, sthalles/PyTorch-BYOL, lucidrains/byol-pytorch and lightly stand for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
@@ -186,7 +186,7 @@ fn by_layers(site: &Site, head: &MlpConfig, place: &Place) -> Told {
         .filter_map(|layer| if let MlpLayer::Linear { bias, .. } = layer { Some(*bias) } else { None })
         .collect();
     let norms = head.layers().iter().filter(|layer| matches!(layer, MlpLayer::BatchNorm { .. })).count();
-    let in_encoder = site.prefix.starts_with(&place.prefix) && site.name == "fc";
+    let in_encoder = site.prefix.starts_with(&place.prefix) && ["fc", "head"].contains(&site.name);
     let told = |method, alike| Told { method, alike };
     match (biases.as_slice(), norms) {
         // SwAV without its prototypes: the only method that has `projection_head` within the network.

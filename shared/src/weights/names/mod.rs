@@ -27,7 +27,7 @@ use crate::error::Result;
 use crate::models::{Arch, MlpConfig, names_and_shapes};
 
 /// The layers of the networks known here that are numbered.
-const NUMBERED: &[&str] = &["layer", "blocks."];
+const NUMBERED: &[&str] = &["layer", "blocks.", "cls_attn_blocks."];
 /// Words of a name that are looked at: a name may be of any length.
 const MAX_WORDS: usize = 16;
 /// Buffers that count batches: absent from files made before PyTorch 0.4.1, and of no use in evaluation.

@@ -8,12 +8,17 @@ use std::collections::BTreeMap;
 use std::ops::Bound;
 
 /// The first layer of the networks known here.
-const STEMS: &[&str] = &["conv1.weight", "conv_stem.weight"];
+const STEMS: &[&str] = &["conv1.weight", "conv_stem.weight", "patch_embed.proj.weight", "patch_embed.proj.0.0.weight"];
 /// The first layer of a residual network whose layers are numbered.
 const NUMBERED_STEM: &str = "0.weight";
 /// What `nn.Sequential(*resnet.children())` calls the layers of a residual network.
 const NUMBERED_LAYERS: &[(&str, &str)] =
     &[("0.", "conv1."), ("1.", "bn1."), ("4.", "layer1."), ("5.", "layer2."), ("6.", "layer3."), ("7.", "layer4.")];
+/// What the official code of `XCiT` and its checkpoints call the positions, and what timm does.
+const XCIT_POSITIONS: (&str, &str) = ("pos_embeder.", "pos_embed.");
+/// One layer in the class attention of the official code, and the three of timm that it stands for, in the order of their rows.
+const XCIT_CLASS_ATTENTION: (&str, &str, [&str; 3]) =
+    ("cls_attn_blocks.", ".attn.qkv.", [".attn.q.", ".attn.k.", ".attn.v."]);
 /// Words before the network that is to be taken, the likeliest first.
 const PREFERRED: &[&str] = &[
     "encoder_q",
@@ -77,8 +82,10 @@ pub(super) enum Naming {
 pub(super) struct Source {
     /// Its name in the file.
     pub(super) name: String,
-    /// Its shape in the file.
+    /// Its shape; of a part, that of the part.
     pub(super) shape: Vec<usize>,
+    /// The first of its rows, where it is a part of the tensor of the file.
+    pub(super) first_row: Option<usize>,
 }
 
 /// Where a network is.
@@ -97,9 +104,20 @@ impl Place {
 
     /// The tensors here by the names that the network gives them.
     pub(super) fn tensors(&self, names: &Names<'_>) -> BTreeMap<String, Source> {
-        let source =
-            |own: &str, shape: &[usize]| Source { name: format!("{}{own}", self.prefix), shape: shape.to_vec() };
-        names.under(&self.prefix).map(|(own, shape)| (self.naming.network_name(own), source(own, shape))).collect()
+        let mut found = BTreeMap::new();
+        for (own, shape) in names.under(&self.prefix) {
+            let name = format!("{}{own}", self.prefix);
+            if let Some(parts) = parts(own, shape) {
+                found.extend(parts.map(|(part, rows, first_row)| {
+                    let shape = std::iter::once(rows).chain(shape.iter().skip(1).copied()).collect();
+                    (part, Source { name: name.clone(), shape, first_row: Some(first_row) })
+                }));
+            } else {
+                let source = Source { name, shape: shape.to_vec(), first_row: None };
+                found.insert(self.naming.network_name(own), source);
+            }
+        }
+        found
     }
 
     /// The prefixes that hold this one, the nearest first; the last is empty.
@@ -115,14 +133,20 @@ impl Place {
 
 impl Naming {
     fn network_name(self, own: &str) -> String {
-        let renamed = match self {
-            Self::Usual => None,
-            Self::Numbered => NUMBERED_LAYERS
-                .iter()
-                .find_map(|(number, layer)| own.strip_prefix(number).map(|rest| format!("{layer}{rest}"))),
-        };
+        let (official, usual) = XCIT_POSITIONS;
+        let table = if self == Self::Numbered { NUMBERED_LAYERS } else { &[(official, usual)] };
+        let renamed = table.iter().find_map(|(file, network)| Some(format!("{network}{}", own.strip_prefix(file)?)));
         renamed.unwrap_or_else(|| own.to_owned())
     }
+}
+
+/// The three tensors that one of `XCiT`'s class attention stands for: name, rows, and the first row.
+fn parts(own: &str, shape: &[usize]) -> Option<impl Iterator<Item = (String, usize, usize)>> {
+    let (start, whole, three) = XCIT_CLASS_ATTENTION;
+    let (block, field) = own.strip_prefix(start)?.split_once(whole)?;
+    let rows = shape.first().filter(|rows| rows.is_multiple_of(3))? / 3;
+    let name = move |part: &str| format!("{start}{block}{part}{field}");
+    Some(three.into_iter().enumerate().map(move |(index, part)| (name(part), rows, index * rows)))
 }
 
 /// Places with a stem for pictures of three channels, the likeliest first.

@@ -4,13 +4,14 @@ use super::*;
 use crate::models::MlpLayer;
 
 type Entries = Vec<(String, Vec<usize>)>;
+type Tensors = [(&'static str, &'static [usize])];
 
 fn network(arch: Arch, prefix: &str) -> Entries {
     let entries = names_and_shapes(arch, None).unwrap();
     entries.into_iter().map(|(name, shape)| (format!("{prefix}{name}"), shape)).collect()
 }
 
-fn with(mut entries: Entries, more: &[(&str, &[usize])]) -> Entries {
+fn with(mut entries: Entries, more: &Tensors) -> Entries {
     entries.extend(more.iter().map(|(name, shape)| ((*name).to_owned(), shape.to_vec())));
     entries
 }
@@ -168,7 +169,7 @@ fn a_head_for_other_features_does_not_fit() {
 
 #[test]
 fn heads_that_cannot_be_read_are_no_obstacle_to_the_backbone_but_to_the_method() {
-    let broken: [(&str, &[(&str, &[usize])]); 6] = [
+    let broken: [(&str, &Tensors); 6] = [
         ("nothing tells what comes before `head.mlp.1`", &[("head.mlp.1.weight", &[8, 512])]),
         (
             "nothing tells what comes before `projector.3`",
