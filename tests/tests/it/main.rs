@@ -10,3 +10,4 @@ mod golden_pca;
 mod golden_teachers;
 mod golden_transformers;
 mod pipeline;
+mod readme;
