@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use candle_core::Device;
 use shared::io::hash_file;
 use shared::manifest::{Input, Manifest, Stage};
 use shared::models::{Arch, Encoder};
@@ -139,7 +140,7 @@ fn load_backbone(path: &Path, arch: Option<Arch>) -> Result<Encoder> {
         ));
     };
     let tensors = fitted.load(&checkpoint)?;
-    let encoder = Encoder::new(fitted.arch, None, 0)?;
+    let encoder = Encoder::with_vit_options(fitted.arch, None, fitted.vit_options(), 0, &Device::Cpu)?;
     encoder.store().load(&tensors)?;
     Ok(encoder)
 }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use serde::Serialize;
 use serde_json::{Value, json};
 use shared::io::hash_file;
@@ -89,7 +89,7 @@ impl Teacher {
     fn from_file(path: &Path, arch: Option<Arch>, method: Option<Method>, state_key: Option<&str>) -> Result<Self> {
         let checkpoint = Checkpoint::open_at(path, state_key)?;
         let fitted = choose(&checkpoint, arch, method)?;
-        let encoder = Encoder::new(fitted.arch, None, 0)?;
+        let encoder = Encoder::with_vit_options(fitted.arch, None, fitted.vit_options(), 0, &Device::Cpu)?;
         encoder.store().load(&fitted.load(&checkpoint)?)?;
         let output = fitted.load_head(&checkpoint)?.map_or(Output::Features, Output::Head);
         let description = TeacherDescription {

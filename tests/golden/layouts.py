@@ -1,7 +1,7 @@
 """How training programs lay out their checkpoints: one function for each, written after the official code.
 
-A function gets `net`, which makes a backbone without a head, the backbone's feature width, and the sizes of what belongs to the
-method. It returns a `Layout`: a tree of modules whose state dict has the true names, and how the embedding is computed.
+A function gets `net`, which makes a backbone without a head (`net(numbered=True)`: a sequence of its layers), the backbone's feature
+width, and the sizes of what belongs to the method. It returns a `Layout`: a tree of modules whose state dict has the true names, and how the embedding is computed.
 """
 
 import dataclasses
@@ -24,11 +24,14 @@ class Layout:
     method: str
     tree: nn.Module
     embed: Callable
-    # Where backbones are: the one to be taken first. A prefix and whether the layers are numbered instead of named.
+    # Where backbones are, the one to be taken first: a prefix, and how the layers are named. "numbered": by the children of a residual
+    # network; "official": as XCiT's own code names them, not as timm does.
     networks: list
     # What the method leaves over: its name in the description, and the beginnings of the names.
     left_over: dict = dataclasses.field(default_factory=dict)
     alike: list = dataclasses.field(default_factory=list)
+    # How the names of the architectures begin that are laid out so.
+    archs: str = ""
 
 
 def tree(**children):
@@ -68,7 +71,7 @@ def moco(net, width, s, v2, prefix="module."):
     q, k = with_head(net, fc=fc()), with_head(net, fc=fc())
     queue = {"queue": torch.zeros(s.embedding, s.queue), "queue_ptr": torch.zeros(1, dtype=torch.long)}
     left = {"key encoder": ["module.encoder_k."], "queue of negatives": ["module.queue"]}
-    networks = [("module.encoder_q.", False), ("module.encoder_k.", False)]
+    networks = [("module.encoder_q.", "usual"), ("module.encoder_k.", "usual")]
     top = tree(module=tree(encoder_q=q, encoder_k=k, **queue))
     return Layout("moco-v2" if v2 else "moco-v1", top, lambda f: q.fc(f), networks, left)
 
@@ -87,15 +90,25 @@ def moco_v3(net, width, s):
     predictor = mlp([s.embedding, s.hidden, s.embedding], False, False, True, "plain")
     top = tree(module=tree(base_encoder=base, momentum_encoder=momentum, predictor=predictor))
     left = {"momentum encoder": ["module.momentum_encoder."], "predictor": ["module.predictor."]}
-    networks = [("module.base_encoder.", False), ("module.momentum_encoder.", False)]
+    networks = [("module.base_encoder.", "usual"), ("module.momentum_encoder.", "usual")]
     return Layout("moco-v3", top, lambda f: base.fc(f), networks, left)
+
+
+def moco_v3_transformer(net, width, s):
+    head = lambda: mlp([width, s.hidden, s.hidden, s.embedding], False, False, True, "plain")
+    base, momentum = with_head(net, head=head()), with_head(net, head=head())
+    predictor = mlp([s.embedding, s.hidden, s.embedding], False, False, True, "plain")
+    top = tree(module=tree(base_encoder=base, momentum_encoder=momentum, predictor=predictor))
+    left = {"momentum encoder": ["module.momentum_encoder."], "predictor": ["module.predictor."]}
+    networks = [("module.base_encoder.", "usual"), ("module.momentum_encoder.", "usual")]
+    return Layout("moco-v3", top, lambda f: base.head(f), networks, left, archs="vit")
 
 
 def clusters(net, width, s, method, prototypes):
     head = mlp([width, s.hidden, s.embedding], True, True, True)
     inner = with_head(net, projection_head=head, prototypes=prototypes)
     left = {"prototypes": ["module.prototypes."]}
-    return Layout(method, tree(module=inner), head, [("module.", False)], left)
+    return Layout(method, tree(module=inner), head, [("module.", "usual")], left)
 
 
 def swav(net, width, s):
@@ -126,11 +139,18 @@ def dino_head(width, s, norm):
 def dino(net, width, s, norm=False):
     head = dino_head(width, s, norm)
     left = {"last layer of the head": ["head.last_layer."]}
-    return Layout("dino", tree(backbone=net(), head=head), head.mlp, [("backbone.", False)], left)
+    return Layout("dino", tree(backbone=net(), head=head), head.mlp, [("backbone.", "usual")], left)
 
 
 def dino_with_batch_norm(net, width, s):
     return dino(net, width, s, True)
+
+
+def dino_official(net, width, s):
+    """DINO's XCiT, which is the official code's."""
+    layout = dino(net, width, s)
+    layout.networks, layout.archs = [("backbone.", "official")], "xcit"
+    return layout
 
 
 def dino_both(net, width, s):
@@ -138,14 +158,14 @@ def dino_both(net, width, s):
     heads = {name: dino_head(width, s, False) for name in ("student", "teacher")}
     top = tree(**{name: tree(backbone=net(), head=head) for name, head in heads.items()})
     left = {"last layer of the head": ["teacher.head.last_layer."], "student": ["student."]}
-    networks = [("teacher.backbone.", False), ("student.backbone.", False)]
+    networks = [("teacher.backbone.", "usual"), ("student.backbone.", "usual")]
     return Layout("dino", top, heads["teacher"].mlp, networks, left)
 
 
 def simclr(net, width, s):
     """sthalles/SimCLR: a head like MoCo v2's."""
     backbone = with_head(net, fc=mlp([width, width, s.embedding], True, True, False))
-    layout = Layout("simclr", tree(backbone=backbone), lambda f: backbone.fc(f), [("backbone.", False)])
+    layout = Layout("simclr", tree(backbone=backbone), lambda f: backbone.fc(f), [("backbone.", "usual")])
     layout.alike = ["moco-v2"]
     return layout
 
@@ -153,19 +173,20 @@ def simclr(net, width, s):
 def simclr_beside(net, width, s):
     """Spijkervet/SimCLR: no bias."""
     head = mlp([width, width, s.embedding], False, False, False)
-    return Layout("simclr", tree(encoder=net(), projector=head), head, [("encoder.", False)])
+    return Layout("simclr", tree(encoder=net(), projector=head), head, [("encoder.", "usual")])
 
 
 def simclr_lightly(net, width, s):
     head = mlp([width, s.hidden, s.embedding], False, False, True, "affine")
     top = tree(backbone=net(numbered=True), projection_head=tree(layers=head))
-    return Layout("simclr", top, head, [("backbone.", True)], alike=["byol"])
+    return Layout("simclr", top, head, [("backbone.", "numbered")], alike=["byol"], archs="resnet")
 
 
 def byol(net, width, s):
     """sthalles/PyTorch-BYOL: the online network, as it is saved."""
     head = mlp([width, s.hidden, s.embedding], True, True, True)
-    return Layout("byol", tree(encoder=net(numbered=True), projetion=tree(net=head)), head, [("encoder.", True)])
+    top = tree(encoder=net(numbered=True), projetion=tree(net=head))
+    return Layout("byol", top, head, [("encoder.", "numbered")], archs="resnet")
 
 
 def byol_whole(net, width, s):
@@ -181,7 +202,7 @@ def byol_whole(net, width, s):
         "another network": ["net."], "target network": ["target_encoder."], "predictor": ["online_predictor."],
         "head that the embedding does not use": ["online_encoder.net.fc."],
     }
-    networks = [("online_encoder.net.", False), ("net.", False), ("target_encoder.net.", False)]
+    networks = [("online_encoder.net.", "usual"), ("net.", "usual"), ("target_encoder.net.", "usual")]
     return Layout("byol", top, head, networks, left)
 
 
@@ -189,36 +210,42 @@ def barlow_twins(net, width, s):
     head = mlp([width, s.hidden, s.hidden, s.embedding], False, False, True)
     inner = tree(backbone=net(), projector=head, bn=nn.BatchNorm1d(s.embedding, affine=False))
     left = {"batch norm of the loss": ["module.bn."]}
-    return Layout("barlow-twins", tree(module=inner), head, [("module.backbone.", False)], left)
+    return Layout("barlow-twins", tree(module=inner), head, [("module.backbone.", "usual")], left)
 
 
 def barlow_twins_lightly(net, width, s):
     head = mlp([width, s.hidden, s.hidden, s.embedding], False, True, True)
     top = tree(backbone=net(numbered=True), projection_head=tree(layers=head))
-    return Layout("barlow-twins", top, head, [("backbone.", True)], alike=["vicreg"])
+    return Layout("barlow-twins", top, head, [("backbone.", "numbered")], alike=["vicreg"], archs="resnet")
 
 
 def vicreg(net, width, s):
     head = mlp([width, s.hidden, s.hidden, s.embedding], True, False, True)
-    return Layout("vicreg", tree(module=tree(backbone=net(), projector=head)), head, [("module.backbone.", False)])
+    return Layout("vicreg", tree(module=tree(backbone=net(), projector=head)), head, [("module.backbone.", "usual")])
 
 
 def supervised(net, width, s):
     top = with_head(net, fc=nn.Linear(width, s.prototypes))
-    return Layout("supervised", top, lambda f: f, [("", False)], {"head that the embedding does not use": ["fc."]})
+    return Layout("supervised", top, lambda f: f, [("", "usual")], {"head that the embedding does not use": ["fc."]})
+
+
+def supervised_transformer(net, width, s):
+    top = with_head(net, head=nn.Linear(width, s.prototypes))
+    return Layout("supervised", top, lambda f: f, [("", "usual")], {"head that the embedding does not use": ["head."]}, archs="vit")
 
 
 def backbone(net, width, s):
-    return Layout("backbone", net(), lambda f: f, [("", False)])
+    return Layout("backbone", net(), lambda f: f, [("", "usual")])
 
 
 def vissl(net, width, s):
     """VISSL: the trunk alone."""
     top = tree(trunk=tree(_feature_blocks=net()))
-    return Layout("backbone", top, lambda f: f, [("trunk._feature_blocks.", False)])
+    return Layout("backbone", top, lambda f: f, [("trunk._feature_blocks.", "usual")])
 
 
 LAYOUTS = [
-    moco_v1, moco_v2, moco_v3, swav, deepcluster_v2, swav_without_prototypes, dino, dino_with_batch_norm, dino_both, simclr,
-    simclr_beside, simclr_lightly, byol, byol_whole, barlow_twins, barlow_twins_lightly, vicreg, supervised, backbone, vissl,
+    moco_v1, moco_v2, moco_v3, moco_v3_transformer, swav, deepcluster_v2, swav_without_prototypes, dino, dino_with_batch_norm,
+    dino_official, dino_both, simclr, simclr_beside, simclr_lightly, byol, byol_whole, barlow_twins, barlow_twins_lightly, vicreg,
+    supervised, supervised_transformer, backbone, vissl,
 ]

@@ -60,12 +60,18 @@ impl MlpConfig {
     /// A sentence that names the first layer that does not fit.
     pub fn new(layers: Vec<MlpLayer>) -> std::result::Result<Self, String> {
         let mut ends: Option<(usize, usize)> = None;
+        let mut follows = false;
         for layer in &layers {
             let (name, inputs, outputs) = match layer {
                 MlpLayer::Linear { name, inputs, outputs, .. } => (name, *inputs, *outputs),
                 MlpLayer::BatchNorm { name, width, .. } => (name, *width, *width),
-                MlpLayer::Relu | MlpLayer::Gelu => continue,
+                MlpLayer::Relu | MlpLayer::Gelu if follows => {
+                    follows = false;
+                    continue;
+                }
+                MlpLayer::Relu | MlpLayer::Gelu => return Err("an activation follows no layer".to_owned()),
             };
+            follows = true;
             if inputs == 0 || outputs == 0 {
                 return Err(format!("`{name}` has no columns"));
             }
@@ -143,13 +149,19 @@ pub struct MlpHead {
     steps: Vec<Step>,
 }
 
+/// A layer and the activation after it.
 #[derive(Debug)]
 enum Step {
-    Linear(Linear),
+    Linear(Linear, Activation),
     /// Batch norm with its statistics folded in: a factor and a summand for each column.
-    Affine(Tensor, Tensor),
-    Relu,
-    Gelu,
+    Affine(Tensor, Tensor, Activation),
+}
+
+/// Puts an activation after the last step; [`MlpConfig::new`] sees to it that there is one.
+fn activate_last(steps: &mut [Step], by: Activation) {
+    if let Some(Step::Linear(_, act) | Step::Affine(_, _, act)) = steps.last_mut() {
+        *act = by;
+    }
 }
 
 impl MlpHead {
@@ -166,9 +178,9 @@ impl MlpHead {
         }
         let mut builder = Builder::new(&Device::Cpu);
         let mut weights = BTreeMap::new();
-        let mut steps = Vec::new();
+        let mut steps: Vec<Step> = Vec::new();
         for layer in &config.layers {
-            steps.push(match layer {
+            match layer {
                 MlpLayer::Linear { name, inputs, outputs, bias } => {
                     for field in ["weight", "bias"].map(|field| format!("{name}.{field}")) {
                         let tensor = match tensors.get(&field) {
@@ -177,12 +189,12 @@ impl MlpHead {
                         };
                         weights.insert(field, tensor);
                     }
-                    Step::Linear(builder.linear(name, *inputs, *outputs)?)
+                    steps.push(Step::Linear(builder.linear(name, *inputs, *outputs)?, Activation::Identity));
                 }
-                MlpLayer::BatchNorm { name, width, affine } => folded(name, *width, *affine, tensors)?,
-                MlpLayer::Relu => Step::Relu,
-                MlpLayer::Gelu => Step::Gelu,
-            });
+                MlpLayer::BatchNorm { name, width, affine } => steps.push(folded(name, *width, *affine, tensors)?),
+                MlpLayer::Relu => activate_last(&mut steps, Activation::Relu),
+                MlpLayer::Gelu => activate_last(&mut steps, Activation::Gelu),
+            }
         }
         builder.finish_zeroed().load(&weights)?;
         Ok(Self { steps })
@@ -201,10 +213,10 @@ impl MlpHead {
         let mut xs = xs.clone();
         for step in &self.steps {
             xs = match step {
-                Step::Linear(params) => ops::linear(&xs, params, Activation::Identity, &pass)?,
-                Step::Affine(factor, summand) => xs.broadcast_mul(factor)?.broadcast_add(summand)?,
-                Step::Relu => reference::activate(&xs, Activation::Relu)?,
-                Step::Gelu => xs.gelu_erf()?,
+                Step::Linear(params, act) => ops::linear(&xs, params, *act, &pass)?,
+                Step::Affine(factor, summand, act) => {
+                    reference::activate(&xs.broadcast_mul(factor)?.broadcast_add(summand)?, *act)?
+                }
             };
         }
         Ok(xs)
@@ -228,7 +240,8 @@ fn folded(name: &str, width: usize, affine: bool, tensors: &BTreeMap<String, Ten
         factors.push(factor as f32);
         summands.push((f64::from(*shift) - f64::from(*mean) * factor) as f32);
     }
-    Ok(Step::Affine(Tensor::new(factors, &Device::Cpu)?, Tensor::new(summands, &Device::Cpu)?))
+    let (factors, summands) = (Tensor::new(factors, &Device::Cpu)?, Tensor::new(summands, &Device::Cpu)?);
+    Ok(Step::Affine(factors, summands, Activation::Identity))
 }
 
 #[cfg(test)]
@@ -271,7 +284,8 @@ mod tests {
     fn layers_that_do_not_fit_together_are_refused() {
         let error = MlpConfig::new(vec![linear("a", 2, 3, true), linear("b", 4, 5, true)]).unwrap_err();
         assert_eq!(error, "`b` takes rows of width 4, the layer before it gives 3");
-        assert!(MlpConfig::new(vec![MlpLayer::Relu]).is_err());
+        let error = MlpConfig::new(vec![MlpLayer::Relu, linear("a", 2, 3, true)]).unwrap_err();
+        assert_eq!(error, "an activation follows no layer");
         assert_eq!(MlpConfig::new(vec![linear("a", 2, 0, true)]).unwrap_err(), "`a` has no columns");
     }
 

@@ -1,6 +1,6 @@
-//! Teachers of every method against PyTorch (`tests/golden/teachers.py`): what is recognised, embeddings, and checkpoint files.
+//! Teachers of every method against torchvision and timm (`tests/golden/teachers.py`): what is recognised, embeddings, and checkpoint files.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -9,6 +9,7 @@ use serde::Deserialize;
 use shared::embedding::{EmbeddingDtype, EmbeddingSet};
 use shared::manifest::{Identity, Stage};
 use shared::models::{Arch, names_and_shapes};
+use shared::ops::PositionResampling;
 use shared::output::{Begun, OutputDir};
 use shared::shard::{ShardSet, ShardSetDetails, ShardWriter, VIEW_PARAMETERS, shard_file_name};
 use shared::tensor_file::write_tensors;
@@ -19,7 +20,6 @@ use tests::formula;
 
 const SAMPLES: usize = 3;
 const VIEWS: usize = 2;
-const SIDE: usize = 40;
 /// Against f64: relative to the length of a row, for rows of f32 arithmetic through 18 to 50 layers.
 const RELATIVE_ERROR: f64 = 1e-4;
 /// The least cosine of a row and its twin.
@@ -32,6 +32,8 @@ type Entries = Vec<(String, Vec<usize>)>;
 
 #[derive(Deserialize)]
 struct Golden {
+    /// What multiplies the tensors whose last name begins so.
+    scales: BTreeMap<String, f64>,
     layouts: Vec<Layout>,
     cases: Vec<Case>,
     files: Vec<GoldenFile>,
@@ -42,6 +44,8 @@ struct Layout {
     name: String,
     method: String,
     alike: Vec<String>,
+    /// How the names of the architectures begin that are laid out so.
+    archs: String,
     networks: Vec<Network>,
     /// Tensors that are no backbone's; a size that is not given is the feature width.
     others: Vec<(String, Vec<Option<usize>>)>,
@@ -51,7 +55,37 @@ struct Layout {
 #[derive(Deserialize)]
 struct Network {
     prefix: String,
-    numbered: bool,
+    naming: Naming,
+}
+
+#[derive(Clone, Copy, Deserialize, PartialEq)]
+#[serde(rename_all = "kebab-case")]
+enum Naming {
+    Usual,
+    /// By the children of a residual network.
+    Numbered,
+    /// As the official code of `XCiT` does.
+    Official,
+}
+
+impl Naming {
+    /// The name and the shape in the file; `None` for what is part of another tensor there.
+    fn of_file(self, name: &str, mut shape: Vec<usize>) -> Option<(String, Vec<usize>)> {
+        let name = match self {
+            Self::Usual => name.to_owned(),
+            Self::Numbered => {
+                let layer = NUMBERS.iter().find(|(layer, _)| name.starts_with(layer));
+                layer.map_or(name.to_owned(), |(layer, number)| name.replacen(layer, number, 1))
+            }
+            Self::Official if name.contains(".attn.k.") || name.contains(".attn.v.") => return None,
+            Self::Official if name.contains(".attn.q.") => {
+                shape[0] *= 3;
+                name.replace(".attn.q.", ".attn.qkv.")
+            }
+            Self::Official => name.replace("pos_embed.", "pos_embeder."),
+        };
+        Some((name, shape))
+    }
 }
 
 /// How many tensors: those that are no backbone's, and how many backbones.
@@ -65,7 +99,9 @@ struct LeftOver {
 struct Case {
     #[serde(flatten)]
     layout: Layout,
-    arch: String,
+    arch: Arch,
+    asked: Option<Method>,
+    side: usize,
     width: usize,
     rows: Vec<Vec<f64>>,
 }
@@ -86,11 +122,9 @@ impl Layout {
         let others = self.others.iter().map(|(name, shape)| (name.clone(), shape.iter().map(width).collect()));
         let mut entries: Entries = others.collect();
         for network in &self.networks {
-            for (name, shape) in names_and_shapes(arch, None)? {
-                let layer = NUMBERS.iter().find(|(layer, _)| network.numbered && name.starts_with(layer));
-                let own = layer.map_or(name.clone(), |(layer, number)| name.replacen(layer, number, 1));
-                entries.push((format!("{}{own}", network.prefix), shape));
-            }
+            let own = names_and_shapes(arch, None)?.into_iter();
+            let own = own.filter_map(|(name, shape)| network.naming.of_file(&name, shape));
+            entries.extend(own.map(|(name, shape)| (format!("{}{name}", network.prefix), shape)));
         }
         Ok(entries)
     }
@@ -103,7 +137,7 @@ impl Layout {
 
     /// Whether an architecture can be laid out like this.
     fn suits(&self, arch: Arch) -> bool {
-        !self.networks[0].numbered || arch.name().starts_with("resnet")
+        arch.name().starts_with(&self.archs)
     }
 
     fn check(&self, arch: Arch, found: &Recognised) -> Result<()> {
@@ -116,6 +150,10 @@ impl Layout {
         ensure!(left == self.left_over(arch)?, "{what}");
         let headless = ["supervised", "backbone"].contains(&self.method.as_str());
         ensure!(headless == found.head.is_none(), "{what}");
+        let twelve = self.method == "moco-v3" && arch.name().starts_with("vit_small");
+        ensure!(found.vit_options().heads == twelve.then_some(12), "{what}");
+        let resampling = if self.method == "dino" { PositionResampling::Dino } else { PositionResampling::Timm };
+        ensure!(found.vit_options().positions == resampling, "{what}");
         Ok(())
     }
 }
@@ -131,8 +169,7 @@ fn golden() -> Result<Golden> {
 #[test]
 fn every_layout_of_every_architecture_is_recognised() -> Result<()> {
     let golden = golden()?;
-    let methods: std::collections::BTreeSet<&str> =
-        golden.layouts.iter().map(|layout| layout.method.as_str()).collect();
+    let methods: BTreeSet<&str> = golden.layouts.iter().map(|layout| layout.method.as_str()).collect();
     let reachable = Method::ALL.iter().filter(|method| **method != Method::SelaV2);
     assert_eq!(methods, reachable.map(|method| method.name()).collect(), "a method has no layout");
     for layout in &golden.layouts {
@@ -149,33 +186,53 @@ fn every_layout_of_every_architecture_is_recognised() -> Result<()> {
 
 #[test]
 fn every_layout_gives_its_backbone_and_alike_methods_give_the_same_head() -> Result<()> {
-    let arch = Arch::ResNet50;
     for layout in &golden()?.layouts {
-        let entries = layout.entries(arch)?;
-        let backbone = fit(&entries, arch, Some(Method::Backbone))?;
-        assert!(backbone.is_complete() && backbone.unexpected.is_empty(), "{}: {backbone:?}", layout.name);
-        assert_eq!((backbone.head.as_ref(), backbone.embedding_dim()), (None, 2048), "{}", layout.name);
-        let told = fit(&entries, arch, None)?;
-        for method in &told.alike {
-            assert_eq!(fit(&entries, arch, Some(*method))?.head, told.head, "{} as {method}", layout.name);
+        for arch in [Arch::ResNet50, Arch::VitSmallPatch16, Arch::XcitSmall12Patch16] {
+            if !layout.suits(arch) {
+                continue;
+            }
+            let what = format!("{} on {arch}", layout.name);
+            let entries = layout.entries(arch)?;
+            let backbone = fit(&entries, arch, Some(Method::Backbone))?;
+            ensure!(backbone.is_complete() && backbone.unexpected.is_empty(), "{what}: {backbone:?}");
+            let width = arch.feature_width();
+            assert_eq!((backbone.head.as_ref(), backbone.embedding_dim()), (None, width), "{what}");
+            let told = fit(&entries, arch, None)?;
+            assert_eq!(backbone.vit_options(), told.vit_options(), "{what}: the features are another network's");
+            for method in &told.alike {
+                let alike = fit(&entries, arch, Some(*method))?;
+                assert_eq!((&alike.head, alike.vit_options()), (&told.head, told.vit_options()), "{what} as {method}");
+            }
         }
     }
     Ok(())
 }
 
-fn write_shards(path: &Path) -> Result<()> {
+fn write_shards(path: &Path, side: usize) -> Result<()> {
     let identity = Identity::new(Stage::DataPrep, &serde_json::json!({}), 0, Vec::new())?;
     let Begun::Writing(output) = OutputDir::begin(path, &identity, false)? else { bail!("already finished") };
-    let row = VIEWS * SIDE * SIDE * 3;
+    let row = VIEWS * side * side * 3;
     let pixels: Vec<u8> = formula::unit("pixels", SAMPLES * row).map(|u| (u * 256.0) as u8).collect();
-    let mut writer = ShardWriter::create(path.join(shard_file_name(0)), SAMPLES, VIEWS, SIDE, SIDE)?;
+    let mut writer = ShardWriter::create(path.join(shard_file_name(0)), SAMPLES, VIEWS, side, side)?;
     for (id, pixels) in pixels.chunks(row).enumerate() {
         writer.push(id as u64, -1, pixels, &[0.0; VIEWS * VIEW_PARAMETERS.len()])?;
     }
-    let details = ShardSetDetails { views: VIEWS, height: SIDE, width: SIDE, classes: Vec::new() };
+    let details = ShardSetDetails { views: VIEWS, height: side, width: side, classes: Vec::new() };
     let counts = BTreeMap::from([("samples".into(), SAMPLES as u64)]);
     output.finish(counts, serde_json::to_value(details)?, vec![writer.finish()?])?;
     Ok(())
+}
+
+/// Weights by their names in the file, as `teachers.py` gives them.
+fn weights(entries: &Entries, scales: &BTreeMap<String, f64>) -> Result<BTreeMap<String, Tensor>> {
+    let mut tensors = formula::parameters(entries)?;
+    for (name, tensor) in &mut tensors {
+        let last = name.rsplit('.').next().unwrap_or_default();
+        if let Some((_, scale)) = scales.iter().find(|(start, _)| last.starts_with(start.as_str())) {
+            *tensor = (&*tensor * *scale)?;
+        }
+    }
+    Ok(tensors)
 }
 
 #[test]
@@ -183,28 +240,27 @@ fn teacher_embeddings_equal_those_of_pytorch() -> Result<()> {
     let golden = golden()?;
     let directory = tempfile::tempdir()?;
     let path = directory.path();
-    write_shards(&path.join("shards"))?;
-    let shards = ShardSet::open(path.join("shards"))?;
-    assert_eq!(golden.cases.len(), golden.layouts.len() + 2);
+    let mut written = BTreeSet::new();
+    let embedded_layouts: BTreeSet<&str> = golden.cases.iter().map(|case| case.layout.name.as_str()).collect();
+    assert_eq!(embedded_layouts.len(), golden.layouts.len(), "a layout is never embedded");
     for (index, case) in golden.cases.iter().enumerate() {
-        let arch: Arch = case.arch.parse()?;
-        let entries = case.layout.entries(arch)?;
-        layout_is_told(&case.layout, arch, &entries)?;
-        let weights = path.join(format!("{index}.safetensors"));
-        let tensors: BTreeMap<String, Tensor> = formula::parameters(&entries)?;
-        write_tensors(&weights, &BTreeMap::new(), &tensors)?;
-        let mut config = EmbedConfig::new(path.join("shards"), weights, path.join(index.to_string()));
+        let shards = path.join(format!("shards of {}", case.side));
+        if written.insert(case.side) {
+            write_shards(&shards, case.side)?;
+        }
+        let entries = case.layout.entries(case.arch)?;
+        case.layout.check(case.arch, recognise(&entries)?.first().context("nothing is recognised")?)?;
+        let file = path.join(format!("{index}.safetensors"));
+        write_tensors(&file, &BTreeMap::new(), &weights(&entries, &golden.scales)?)?;
+        let mut config = EmbedConfig::new(shards, file, path.join(index.to_string()));
         config.dtype = EmbeddingDtype::F32;
+        config.method = case.asked;
         let embedded = teacher_embed::embed(&config)?;
         std::fs::remove_file(&config.weights)?;
         assert_eq!(embedded.teacher.embedding_dim, case.width, "{}", case.layout.name);
-        compare(&EmbeddingSet::open(&config.output, &shards)?, case)?;
+        compare(&EmbeddingSet::open(&config.output, &ShardSet::open(&config.shards)?)?, case)?;
     }
     Ok(())
-}
-
-fn layout_is_told(layout: &Layout, arch: Arch, entries: &Entries) -> Result<()> {
-    layout.check(arch, recognise(entries)?.first().context("nothing is recognised")?)
 }
 
 fn compare(set: &EmbeddingSet, case: &Case) -> Result<()> {

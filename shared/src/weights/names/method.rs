@@ -28,7 +28,8 @@ pub enum Method {
     MocoV2,
     /// `MoCo` v1: the output of the query encoder's one linear layer (`fc`).
     MocoV1,
-    /// `MoCo` v3: the output of the base encoder's projector (`fc` or `head`), before the predictor.
+    /// `MoCo` v3: the output of the base encoder's projector (`fc` or `head`), before the predictor. Of a vision transformer without
+    /// a head, the pooled feature.
     MocoV3,
     /// `SwAV`: the output of `projection_head`, before the prototypes.
     Swav,
@@ -40,7 +41,8 @@ pub enum Method {
     #[serde(rename = "sela-v2")]
     #[value(name = "sela-v2")]
     SelaV2,
-    /// DINO: the output of `head.mlp`, before `last_layer`; of a file without a head, the pooled feature.
+    /// DINO: the output of `head.mlp`, before `last_layer`; of a file without a head, the pooled feature. A vision transformer
+    /// resamples its positions as DINO does.
     Dino,
     /// `SimCLR`: the output of the projection head.
     #[serde(rename = "simclr")]
@@ -131,17 +133,22 @@ impl FromStr for Method {
     }
 }
 
+/// Words in the names of `MoCo` v3.
+const V3: &[&str] = &["base_encoder", "momentum_encoder"];
+
 /// What the names and shapes of a file say about the method.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Told {
     pub(super) method: Method,
+    /// The method that trained the network: another where the file has no head, so that the embedding is the feature.
+    pub(super) trained_by: Method,
     /// Methods whose files look the same, and whose embeddings are the same.
     pub(super) alike: &'static [Method],
 }
 
 /// Tells the method by the head and by words that occur in the names.
 pub(super) fn tell(names: &Names<'_>, place: &Place, projection: Option<&Site>, classifier: Option<&Site>) -> Told {
-    let told = |method| Told { method, alike: &[] };
+    let told = |method| Told { method, trained_by: method, alike: &[] };
     let words = Words::of(names);
     let of_moco = words.any(&["encoder_q", "encoder_k", "queue", "query"]);
     let Some((site, head)) = projection.and_then(|site| Some((site, site.head.as_ref().ok()?))) else {
@@ -149,6 +156,7 @@ pub(super) fn tell(names: &Names<'_>, place: &Place, projection: Option<&Site>, 
         return match classifier {
             Some(_) if of_moco && in_encoder => told(Method::MocoV1),
             Some(_) => told(Method::Supervised),
+            None if words.any(V3) => Told { trained_by: Method::MocoV3, ..told(Method::Backbone) },
             None => told(Method::Backbone),
         };
     };
@@ -159,12 +167,12 @@ pub(super) fn tell(names: &Names<'_>, place: &Place, projection: Option<&Site>, 
         // One layer of prototypes is SwAV's. Several heads of them are what the other two use, and look the same.
         let several = words.of_level_after("prototypes", "prototypes");
         let alike = &[Method::SelaV2][..];
-        return if several { Told { method: Method::DeepClusterV2, alike } } else { told(Method::Swav) };
+        return if several { Told { alike, ..told(Method::DeepClusterV2) } } else { told(Method::Swav) };
     }
     if of_moco {
         return told(Method::MocoV2);
     }
-    if words.any(&["base_encoder", "momentum_encoder"]) {
+    if words.any(V3) {
         return told(Method::MocoV3);
     }
     let byol =
@@ -187,7 +195,7 @@ fn by_layers(site: &Site, head: &MlpConfig, place: &Place) -> Told {
         .collect();
     let norms = head.layers().iter().filter(|layer| matches!(layer, MlpLayer::BatchNorm { .. })).count();
     let in_encoder = site.prefix.starts_with(&place.prefix) && ["fc", "head"].contains(&site.name);
-    let told = |method, alike| Told { method, alike };
+    let told = |method, alike| Told { method, trained_by: method, alike };
     match (biases.as_slice(), norms) {
         // SwAV without its prototypes: the only method that has `projection_head` within the network.
         (_, 1..) if site.name == "projection_head" && site.prefix.starts_with(&place.prefix) => {

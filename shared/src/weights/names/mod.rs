@@ -24,7 +24,8 @@ use self::left_over::Surroundings;
 pub use self::method::Method;
 use self::prefixes::{Names, Place, Source};
 use crate::error::Result;
-use crate::models::{Arch, MlpConfig, names_and_shapes};
+use crate::models::{Arch, MlpConfig, VitOptions, names_and_shapes};
+use crate::ops::PositionResampling;
 
 /// The layers of the networks known here that are numbered.
 const NUMBERED: &[&str] = &["layer", "blocks.", "cls_attn_blocks."];
@@ -66,6 +67,9 @@ pub struct Recognised {
     pub unexpected: Vec<String>,
     /// Tensors that the method leaves over by design.
     pub left_over: Vec<LeftOver>,
+    /// What the names tell of the training, whatever method was asked for.
+    #[serde(skip)]
+    trained_by: Method,
     /// Where in the file the tensors of the network are.
     #[serde(skip)]
     sources: BTreeMap<String, Source>,
@@ -84,6 +88,18 @@ impl Recognised {
             .iter()
             .filter_map(|name| name.strip_prefix(&self.prefix))
             .any(|own| own.starts_with("fc.") || NUMBERED.iter().any(|layer| own.starts_with(layer)))
+    }
+
+    /// What the tensors of a vision transformer do not tell: `MoCo` v3's small one has twice as many heads as others, and DINO
+    /// resamples positions in its own way.
+    ///
+    /// # Source
+    /// facebookresearch/moco-v3 `vits.py` (`vit_small`); facebookresearch/dino `vision_transformer.py` (`interpolate_pos_encoding`).
+    pub fn vit_options(&self) -> VitOptions {
+        let is = |method| self.method == method || self.trained_by == method;
+        let small = matches!(self.arch, Arch::VitSmallPatch16 | Arch::VitSmallPatch8);
+        let positions = if is(Method::Dino) { PositionResampling::Dino } else { PositionResampling::default() };
+        VitOptions { heads: (small && is(Method::MocoV3)).then_some(12), positions }
     }
 
     /// The width of the teacher's final embedding.
@@ -217,6 +233,7 @@ impl Comparison {
             mismatched: self.mismatched,
             unexpected: Vec::new(),
             left_over: Vec::new(),
+            trained_by: told.trained_by,
             sources: self.sources,
         };
         let site = match method {
@@ -255,8 +272,9 @@ impl Recognised {
             return;
         }
         let Some(site) = site else {
-            // DINO publishes backbones alone.
-            if self.method != Method::Dino {
+            // DINO publishes backbones alone; and the method tells how a transformer of MoCo v3 computes, with a head or without.
+            let transformer = self.arch.name().starts_with("vit_");
+            if self.method != Method::Dino && !(self.method == Method::MocoV3 && transformer) {
                 self.missing.push(self.method.usual_head().to_owned());
             }
             return;

@@ -150,6 +150,35 @@ fn a_method_without_its_head_is_incomplete_and_dino_without_one_is_not() {
 }
 
 #[test]
+fn what_tensors_do_not_tell_of_a_transformer_is_told_by_names_or_by_the_method() {
+    let arch = Arch::VitSmallPatch16;
+    let options = |entries: &Entries, method| fit(entries, arch, method).unwrap().vit_options();
+    let stripped = network(arch, "");
+    assert_eq!(options(&stripped, None), VitOptions::default());
+    assert_eq!(options(&stripped, Some(Method::MocoV3)).heads, Some(12));
+    assert_eq!(options(&stripped, Some(Method::Dino)).positions, PositionResampling::Dino);
+    assert!(fit(&stripped, arch, Some(Method::MocoV3)).unwrap().is_complete());
+    // Without a head, the words of the names still tell.
+    let found = first(&network(arch, "module.base_encoder."));
+    assert_eq!((found.method, found.vit_options().heads), (Method::Backbone, Some(12)));
+    let base = first(&network(Arch::VitBasePatch16, "module.base_encoder."));
+    assert_eq!(base.vit_options().heads, None);
+}
+
+#[test]
+fn class_attention_of_the_official_xcit_is_three_tensors_only_where_its_rows_can_be_parted() {
+    let place = Place { prefix: "b.".into(), naming: prefixes::Naming::Usual };
+    let name = "b.cls_attn_blocks.1.attn.qkv.weight";
+    let parted = |rows| place.tensors(&Names::new(&[(name.to_owned(), vec![rows, 4])]));
+    let found = parted(12);
+    for (index, part) in ["q", "k", "v"].into_iter().enumerate() {
+        let source = Source { name: name.into(), shape: vec![4, 4], first_row: Some(4 * index) };
+        assert_eq!(found[&format!("cls_attn_blocks.1.attn.{part}.weight")], source);
+    }
+    assert!(parted(13).contains_key("cls_attn_blocks.1.attn.qkv.weight"));
+}
+
+#[test]
 fn a_missing_or_misshapen_tensor_is_named() {
     let mut entries = network(Arch::ResNet18, "module.");
     let conv = entries.iter_mut().find(|(name, _)| name == "module.layer1.0.conv1.weight").unwrap();
