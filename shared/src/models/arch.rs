@@ -7,6 +7,7 @@ use clap::ValueEnum;
 use clap::builder::PossibleValue;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::transforms::normalize::Normalization;
 use crate::{Error, Result};
 
 /// The architecture of a backbone.
@@ -83,6 +84,21 @@ impl Arch {
             | Self::EfficientNetLite2
             | Self::EfficientNetLite3
             | Self::EfficientNetLite4 => 1280,
+        }
+    }
+
+    /// How the pixels were normalised for the weights that are published under this name.
+    ///
+    /// # Source
+    /// `mean` and `std` of timm's pretrained configurations.
+    pub fn pixel_normalization(self) -> Normalization {
+        match self {
+            Self::EfficientNetLite0
+            | Self::EfficientNetLite1
+            | Self::EfficientNetLite2
+            | Self::EfficientNetLite3
+            | Self::EfficientNetLite4 => Normalization::Inception,
+            _ => Normalization::Imagenet,
         }
     }
 
