@@ -8,6 +8,7 @@ use shared::cli::{CommonArgs, ComputeArgs};
 use shared::embedding::EmbeddingDtype;
 use shared::models::Arch;
 use shared::ops::Isa;
+use shared::transforms::normalize::Normalization;
 use shared::weights::names::Method;
 
 /// Computes a frozen teacher's embeddings of every view of a shard set, once for many students
@@ -104,6 +105,15 @@ pub struct EmbedOptions {
     #[arg(long, value_name = "KEY")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub state_key: Option<String>,
+
+    /// How pixels become the teacher's input [default: what its weights say, else what its architecture was published with]
+    ///
+    /// EfficientNet-Lite was published with `inception`, every other architecture with `imagenet`. Runs of `student-train`
+    /// and what they export are always `imagenet`. Weights that were trained otherwise need this flag: the wrong one
+    /// raises no error, it only makes the embeddings worse.
+    #[arg(long, value_name = "PIXELS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pixel_normalization: Option<Normalization>,
 
     /// Take the mean of all outputs off each, before they are scaled to unit length
     ///

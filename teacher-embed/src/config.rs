@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use shared::embedding::EmbeddingDtype;
 use shared::models::Arch;
+use shared::transforms::normalize::Normalization;
 use shared::weights::names::Method;
 use shared::{Error, Result, cli};
 
@@ -81,6 +82,8 @@ pub struct EmbedConfig {
     pub method: Option<Method>,
     /// Where the state dict is, where the user said so.
     pub state_key: Option<String>,
+    /// How pixels become the teacher's input, where the user said so.
+    pub pixel_normalization: Option<Normalization>,
     /// What is done to the outputs before they are scaled to unit length; none for nothing.
     pub projection: Option<ProjectionKind>,
     /// Element type of the stored embeddings.
@@ -107,6 +110,7 @@ impl EmbedConfig {
             arch: None,
             method: None,
             state_key: None,
+            pixel_normalization: None,
             projection: None,
             dtype: EmbeddingDtype::default(),
             batch_size: DEFAULT_BATCH_SIZE as usize,
@@ -130,6 +134,7 @@ impl EmbedConfig {
             return Err(Error::usage("`batch-size` must be at least 1"));
         }
         let config = Self {
+            pixel_normalization: options.pixel_normalization,
             projection: ProjectionKind::resolve(options.center, options.pca)?,
             arch: options.arch,
             method: options.method,

@@ -8,9 +8,12 @@ use serde_json::json;
 use shared::cli::note_cpu;
 use shared::embedding::{EmbeddingSet, Projection, SHARDS_ROLE};
 use shared::manifest::{Identity, Manifest, Stage};
+use shared::models::Arch;
 use shared::output::{Begun, OutputDir};
 use shared::progress::note;
 use shared::shard::ShardSet;
+use shared::transforms::normalize::Normalization;
+use shared::weights::Checkpoint;
 use shared::{Error, Result};
 
 use crate::config::{EmbedConfig, TEACHER_BATCH};
@@ -18,6 +21,9 @@ use crate::projected::write_projected;
 use crate::rows::{Job, write_embedded};
 use crate::summary::{Statistics, statistics};
 use crate::teacher::{Teacher, TeacherDescription};
+
+/// Where an identity keeps how pixels were normalised; ImageNet's way is not named there.
+pub(crate) const PIXEL_NORMALIZATION_KEY: &str = "pixel-normalization";
 
 /// What `embed` did.
 #[derive(Debug, Clone, Serialize)]
@@ -33,6 +39,8 @@ pub struct Embedded {
     pub fingerprint: String,
     /// The teacher.
     pub teacher: TeacherDescription,
+    /// How pixels became its input.
+    pub pixel_normalization: Normalization,
     /// N.
     pub samples: usize,
     /// V.
@@ -81,7 +89,8 @@ impl fmt::Display for Embedded {
         let Self { samples, views, shards, bytes, statistics, teacher, embedding_dim, .. } = self;
         let state = if self.already_finished { "is already finished" } else { "is finished" };
         writeln!(f, "`{}` {state}: {}", self.output, self.fingerprint)?;
-        writeln!(f, "teacher     {} ({}), embeddings of width {embedding_dim}", teacher.arch, teacher.method)?;
+        let (arch, method, pixels) = (teacher.arch, teacher.method, self.pixel_normalization);
+        writeln!(f, "teacher     {arch} ({method}), embeddings of width {embedding_dim}, {pixels} pixels")?;
         if let Some(projection) = &self.projection {
             writeln!(f, "{projection}")?;
         }
@@ -111,17 +120,19 @@ pub fn embed(config: &EmbedConfig) -> Result<Embedded> {
         kind.check(description.embedding_dim, shards.len(), shards.views())?;
     }
     let inputs = vec![shards.manifest().as_input(SHARDS_ROLE, &config.shards), teacher.input().clone()];
+    let normalization = pixel_normalization(config, description.arch)?;
+    let named = (normalization != Normalization::default()).then_some(normalization);
     let resolved = json!({
         "arch": description.arch, "method": description.method, "dtype": config.dtype, "teacher-batch": TEACHER_BATCH,
-        "state-key": config.state_key, "center": config.projection.map(|_kind| true), "pca": config.components(),
+        "state-key": config.state_key, PIXEL_NORMALIZATION_KEY: named, "center": config.projection.map(|_kind| true), "pca": config.components(),
     });
     let identity = Identity::new(Stage::TeacherEmbed, &resolved, 0, inputs)?;
-    let job = Job::new(config, &shards, &teacher);
+    let job = Job::new(config, &shards, &teacher, normalization);
     job.must_fit_on_disk()?;
     match OutputDir::begin(&config.output, &identity, config.overwrite)? {
         Begun::Finished(manifest) => {
             note(&format!("`{}` is already finished: nothing to do", config.output.display()));
-            summarise(config, &shards, &teacher, &manifest, None)
+            summarise(&job, &manifest, None)
         }
         Begun::Writing(output) => {
             if !config.quiet {
@@ -142,18 +153,25 @@ pub fn embed(config: &EmbedConfig) -> Result<Embedded> {
                 "teacher": description,
             });
             let manifest = output.finish(counts, details, written.files)?;
-            summarise(config, &shards, &teacher, &manifest, Some(written.resumed))
+            summarise(&job, &manifest, Some(written.resumed))
         }
     }
 }
 
-fn summarise(
-    config: &EmbedConfig,
-    shards: &ShardSet,
-    teacher: &Teacher,
-    manifest: &Manifest,
-    resumed: Option<usize>,
-) -> Result<Embedded> {
+/// How pixels become the teacher's input: as asked, as its weights say, or as its architecture was published.
+fn pixel_normalization(config: &EmbedConfig, arch: Arch) -> Result<Normalization> {
+    if let Some(asked) = config.pixel_normalization {
+        return Ok(asked);
+    }
+    if config.weights.is_dir() {
+        return Ok(Normalization::default());
+    }
+    let checkpoint = Checkpoint::open_at(&config.weights, config.state_key.as_deref())?;
+    Ok(Normalization::recorded(checkpoint.metadata()).unwrap_or_else(|| arch.pixel_normalization()))
+}
+
+fn summarise(job: &Job<'_>, manifest: &Manifest, resumed: Option<usize>) -> Result<Embedded> {
+    let (config, shards) = (job.config, job.shards);
     let set = EmbeddingSet::open(&config.output, shards)?;
     let statistics = statistics(&set, shards)?;
     if let Some(warning) = statistics.warning().filter(|_| config.projection.is_none()) {
@@ -164,7 +182,8 @@ fn summarise(
         resumed_shards: resumed.unwrap_or(shards.shards().len()),
         output: config.output.display().to_string(),
         fingerprint: manifest.fingerprint.clone(),
-        teacher: teacher.description().clone(),
+        teacher: job.teacher.description().clone(),
+        pixel_normalization: job.normalization,
         samples: shards.len(),
         views: shards.views(),
         shards: shards.shards().len(),

@@ -104,7 +104,8 @@ fn compute_outputs(job: &Job<'_>, directory: &Path, resuming: bool, finished: &[
             resumed += 1;
             progress.start_at(((job.first_sample(index) + job.shards.shards()[index].len()) * job.views()) as u64);
         } else {
-            let compute = |rows: &[(usize, usize)]| rows_of(job.shards, rows, |xs| job.teacher.outputs(xs));
+            let compute =
+                |rows: &[(usize, usize)]| rows_of(job.shards, rows, job.normalization, |xs| job.teacher.outputs(xs));
             job.write_shard(index, &path, &job.outputs, &progress, compute)?;
         }
     }

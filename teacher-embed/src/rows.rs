@@ -14,6 +14,7 @@ use shared::manifest::MANIFEST_FILE;
 use shared::progress::{Progress, note};
 use shared::shard::ShardSet;
 use shared::space::{free_bytes, human, must_fit};
+use shared::transforms::normalize::Normalization;
 
 use crate::config::{EmbedConfig, TEACHER_BATCH};
 use crate::teacher::Teacher;
@@ -24,6 +25,7 @@ pub(crate) struct Job<'a> {
     pub(crate) config: &'a EmbedConfig,
     pub(crate) shards: &'a ShardSet,
     pub(crate) teacher: &'a Teacher,
+    pub(crate) normalization: Normalization,
     /// Of the set: D after a projection.
     pub(crate) details: EmbeddingSetDetails,
     /// Of the working files: F, f32.
@@ -43,11 +45,16 @@ pub(crate) fn output_file_name(index: usize) -> String {
 }
 
 impl<'a> Job<'a> {
-    pub(crate) fn new(config: &'a EmbedConfig, shards: &'a ShardSet, teacher: &'a Teacher) -> Self {
+    pub(crate) fn new(
+        config: &'a EmbedConfig,
+        shards: &'a ShardSet,
+        teacher: &'a Teacher,
+        normalization: Normalization,
+    ) -> Self {
         let width = teacher.description().embedding_dim;
         let set = |embedding_dim, dtype| EmbeddingSetDetails { views: shards.views(), embedding_dim, dtype };
         let details = set(config.components().unwrap_or(width), config.dtype);
-        Self { config, shards, teacher, details, outputs: set(width, EmbeddingDtype::F32) }
+        Self { config, shards, teacher, normalization, details, outputs: set(width, EmbeddingDtype::F32) }
     }
 
     /// V.
@@ -153,7 +160,8 @@ pub(crate) fn write_embedded(job: &Job<'_>, directory: &Path, resuming: bool) ->
             written.resumed += 1;
             progress.start_at(((job.first_sample(index) + shard.len()) * job.views()) as u64);
         } else {
-            let compute = |rows: &[(usize, usize)]| rows_of(job.shards, rows, |xs| job.teacher.embeddings(xs));
+            let compute =
+                |rows: &[(usize, usize)]| rows_of(job.shards, rows, job.normalization, |xs| job.teacher.embeddings(xs));
             written.files.push(job.write_shard(index, &path, &job.details, &progress, compute)?);
         }
     }
@@ -165,11 +173,12 @@ pub(crate) fn write_embedded(job: &Job<'_>, directory: &Path, resuming: bool) ->
 pub(crate) fn rows_of(
     shards: &ShardSet,
     rows: &[(usize, usize)],
+    normalization: Normalization,
     compute: impl Fn(&Tensor) -> Result<Vec<f32>>,
 ) -> Result<Vec<f32>> {
     let mut values = Vec::new();
     for batch in rows.chunks(TEACHER_BATCH) {
-        values.extend(compute(&normalized_batch(shards, batch)?)?);
+        values.extend(compute(&normalized_batch(shards, batch, normalization)?)?);
     }
     Ok(values)
 }

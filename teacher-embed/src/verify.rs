@@ -10,10 +10,12 @@ use shared::manifest::{MANIFEST_FILE, Manifest, Stage};
 use shared::models::Arch;
 use shared::progress::Progress;
 use shared::shard::ShardSet;
+use shared::transforms::normalize::Normalization;
 use shared::weights::names::Method;
 use shared::{Error, Fault, Result};
 
 use crate::config::VerifyConfig;
+use crate::embed::PIXEL_NORMALIZATION_KEY;
 use crate::projected::project;
 use crate::rows::rows_of;
 use crate::teacher::{Teacher, WEIGHTS_ROLE};
@@ -101,8 +103,9 @@ pub fn verify(config: &VerifyConfig) -> Result<Verified> {
         .flat_map(|sample| (0..shards.views()).map(move |view| (sample, view)))
         .map(|(sample, view)| (sample * shards.len() / samples, view))
         .collect();
+    let normalization = setting(PIXEL_NORMALIZATION_KEY).map_or(Ok(Normalization::default()), str::parse)?;
     let computed = match set.projection()? {
-        None => rows_of(&shards, &rows, |xs| teacher.embeddings(xs))?,
+        None => rows_of(&shards, &rows, normalization, |xs| teacher.embeddings(xs))?,
         Some(projection) => {
             let width = teacher.description().embedding_dim;
             if projection.feature_width() != width {
@@ -110,7 +113,7 @@ pub fn verify(config: &VerifyConfig) -> Result<Verified> {
                     format!("it takes outputs of width {}, the teacher gives {width}", projection.feature_width());
                 return Err(Error::damaged(directory.join(PROJECTION_FILE), Fault::Value(found)));
             }
-            project(&projection, &rows_of(&shards, &rows, |xs| teacher.outputs(xs))?, &rows)?
+            project(&projection, &rows_of(&shards, &rows, normalization, |xs| teacher.outputs(xs))?, &rows)?
         }
     };
     let mut stored = vec![0.0; set.embedding_dim()];

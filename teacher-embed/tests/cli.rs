@@ -39,6 +39,8 @@ fn help_is_a_manual() {
         "--method",
         "--state-key",
         "--dtype",
+        "--pixel-normalization",
+        "inception",
         "--center",
         "--pca",
         "projection.safetensors",

@@ -14,6 +14,7 @@ use shared::manifest::{MANIFEST_FILE, Manifest, Stage};
 use shared::models::Arch;
 use shared::output::UNFINISHED_FILE;
 use shared::shard::ShardSet;
+use shared::transforms::normalize::Normalization;
 use shared::{Error, Fault};
 use teacher_embed::config::{EmbedConfig, ProjectionKind, VerifyConfig};
 use teacher_embed::teacher::Teacher;
@@ -82,7 +83,7 @@ fn outputs(config: &EmbedConfig) -> Vec<Vec<f64>> {
     let shards = ShardSet::open(&config.shards).unwrap();
     let teacher = Teacher::load(&config.weights, None, None, None).unwrap();
     let output = |index: usize| {
-        let xs = normalized_batch(&shards, &[(index / VIEWS, index % VIEWS)]).unwrap();
+        let xs = normalized_batch(&shards, &[(index / VIEWS, index % VIEWS)], Normalization::Imagenet).unwrap();
         teacher.outputs(&xs).unwrap().into_iter().map(f64::from).collect()
     };
     (0..ROWS).map(output).collect()
@@ -122,7 +123,7 @@ fn centred_rows_are_those_of_the_definition_and_lose_the_mean() {
     assert_eq!((before.embedding_dim, before.projection), (512, None));
     assert!(before.statistics.mean_cosine > 0.5, "or the test shows nothing: {}", before.statistics);
 
-    let config = EmbedConfig { projection: Some(ProjectionKind::Center), ..bench.config.clone() };
+    let config = EmbedConfig { projection: Some(ProjectionKind::Center), ..bench.config };
     let after = embed(&config).unwrap();
     let summary = after.projection.unwrap();
     assert_eq!((after.embedding_dim, summary.feature_width, summary.kept_variance), (512, 512, None));
@@ -275,8 +276,7 @@ fn verify_finds_another_projection() {
     embed(&bench.config).unwrap();
     let path = bench.config.output.join(PROJECTION_FILE);
     let projection = Projection::open(&path).unwrap();
-    let bytes = fs::read(&path).unwrap();
-    let mut changed = bytes.clone();
+    let mut changed = fs::read(&path).unwrap();
     *changed.last_mut().unwrap() ^= 1;
     shared::io::write_atomic(&path, &changed).unwrap();
     let error = verify(&verifying(&bench.config)).unwrap_err();
