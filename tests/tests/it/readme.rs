@@ -6,19 +6,16 @@ use std::path::Path;
 use anyhow::{Context as _, Result, ensure};
 use shared::models::{Arch, cost};
 
-/// The cells of the rows whose first cell is the name of an architecture.
-fn rows(readme: &str) -> BTreeMap<Arch, Vec<&str>> {
-    let cells = |line: &'_ str| -> Option<(Arch, Vec<&str>)> {
-        let cells: Vec<&str> = line.strip_prefix('|')?.split('|').map(str::trim).collect();
-        Some((cells.first()?.trim_matches('`').parse().ok()?, cells))
-    };
-    readme.lines().filter_map(|line| cells(line)).collect()
+/// The cells of a row whose first cell is the name of an architecture.
+fn cells(line: &str) -> Option<(Arch, Vec<&str>)> {
+    let cells: Vec<&str> = line.strip_prefix('|')?.split('|').map(str::trim).collect();
+    Some((cells.first()?.trim_matches('`').parse().ok()?, cells))
 }
 
 #[test]
 fn the_table_of_models_is_true_and_whole() -> Result<()> {
     let readme = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md"))?;
-    let rows = rows(&readme);
+    let rows: BTreeMap<Arch, Vec<&str>> = readme.lines().filter_map(cells).collect();
     assert!(rows.keys().eq(&Arch::ALL), "the table lists {:?}", rows.keys());
     for (arch, cells) in rows {
         let cost = cost(arch, [224, 224])?;
