@@ -9,6 +9,7 @@ Needs numpy, safetensors, onnx and onnxruntime; with torch and timm it also load
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,12 +66,12 @@ def pixels(shards):
 
 
 def our_features(stages, run, shards):
-    output = stages.work / f"{run.name}-{shards.name}"
+    output = run.with_name(shards.name)
     stages.run("student-eval", "features", "--shards", shards, "--output", output, "--quiet", run)
     files = sorted(output.rglob("features-*.safetensors"))
     features = np.concatenate([read(path, "features")[:, 0] for path in files]).astype(np.float32)
     spread = np.abs(features - features.mean(0)).max() / np.abs(features).max()
-    assert spread > 1e-2, f"{run.name}, {shards.name}: images differ by {spread} only, so that equal features would show nothing"
+    assert spread > 1e-2, f"{run}, {shards}: images differ by {spread} only, so that equal features would show nothing"
     return features
 
 
@@ -83,7 +84,7 @@ def check_onnx(stages, run, arch, size, images, expected):
     """The graph alone, then with the head, whose weights the run's last checkpoint holds."""
     worst = 0.0
     for head in [[], ["--head"]]:
-        path = stages.work / f"{arch}-{size}{''.join(head)}.onnx"
+        path = run.with_name(f"{size}{''.join(head)}.onnx")
         stages.run("student-train", "export", run, "--format", "onnx", "--size", size, "--output", path, *head)
         model = onnx.load(path)
         onnx.checker.check_model(model, full_check=True)
@@ -94,12 +95,12 @@ def check_onnx(stages, run, arch, size, images, expected):
         names = [output.name for output in session.get_outputs()]
         assert names == ["features", "embeddings"][: len(names)] and len(names) == 1 + len(head), names
         found = session.run(None, {"images": images})
-        worst = max(worst, relative_error(found[0], expected, f"{path.name}, features"))
+        worst = max(worst, relative_error(found[0], expected, f"{arch}, {path.name}, features"))
         # A batch of another size in the same session.
         single = session.run(["features"], {"images": images[:1]})[0]
         worst = max(worst, float(np.abs(single - found[0][:1]).max() / np.abs(found[0]).max()))
         if head:
-            worst = max(worst, relative_error(found[1], embeddings(run, found[0]), f"{path.name}, embeddings"))
+            worst = max(worst, relative_error(found[1], embeddings(run, found[0]), f"{arch}, {path.name}, embeddings"))
     return worst
 
 
@@ -114,7 +115,7 @@ def embeddings(run, features):
 
 def check_timm(stages, run, arch, images, expected):
     """Safetensors and `.pth`, loaded strictly, at every size."""
-    paths = {form: stages.work / f"{arch}.{form}" for form in ["safetensors", "pth"]}
+    paths = {form: run.with_name(f"student.{form}") for form in ["safetensors", "pth"]}
     for form, path in paths.items():
         stages.run("student-train", "export", run, "--format", form, "--output", path)
     states = [load_file(paths["safetensors"]), torch.load(paths["pth"], weights_only=True)]
@@ -133,13 +134,13 @@ def check_timm(stages, run, arch, images, expected):
 
 def check_detectron2(stages, run, arch):
     """The names that Detectron2's heuristics can only match if they end like those of its modules."""
-    path = stages.work / f"{arch}-detectron2.pth"
+    path = run.with_name("detectron2.pth")
     stages.run("student-train", "export", run, "--format", "pth", "--names", "detectron2", "--output", path)
     found = torch.load(path, weights_only=True)
     assert found["matching_heuristics"] is True and isinstance(found["__author__"], str), arch
     stages_and_stem = {name.split(".")[0] for name in found["model"]}
     assert stages_and_stem == {"stem", "res2", "res3", "res4", "res5"}, stages_and_stem
-    timm_state = load_file(stages.work / f"{arch}.safetensors")
+    timm_state = load_file(run.with_name("student.safetensors"))
     assert len(found["model"]) == len(timm_state)
     assert torch.equal(found["model"]["res4.0.shortcut.norm.weight"], timm_state["layer3.0.downsample.1.weight"])
 
@@ -168,7 +169,8 @@ def main(binaries, photos, work, *archs):
         print("torch and timm are not installed: their part is left out")
     failed = False
     for arch in archs or stages.architectures():
-        run = stages.work / arch
+        run = stages.work / arch / "run"
+        run.parent.mkdir()
         stages.run(
             "student-train", "pretrain", "--shards", training, "--student", arch, "--output", run, "--epochs", EPOCHS,
             "--batch-size", BATCH, "--queue-size", 2 * BATCH, "--head-hidden", 32, "--embedding-dim", 16, "--quiet",
@@ -181,6 +183,7 @@ def main(binaries, photos, work, *archs):
                 check_detectron2(stages, run, arch)
         print(f"{arch}: relative error of features " + ", ".join(f"{what} {error:.1e}" for what, error in errors.items()))
         failed |= not max(errors.values()) <= TOLERANCE
+        shutil.rmtree(run.parent)
     sys.exit(failed)
 
 

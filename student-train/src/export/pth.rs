@@ -167,7 +167,7 @@ mod tests {
         let found = Checkpoint::open(&path).unwrap();
         assert_eq!(found.format(), Format::PytorchZip);
         assert!(found.unknown_globals().is_empty());
-        let names: Vec<&str> = found.entries().iter().map(|entry| entry.name()).collect();
+        let names: Vec<&str> = found.entries().iter().map(shared::weights::Entry::name).collect();
         assert_eq!((found.state_key(), names), ("model", vec!["a.weight", "n"]));
         let tensor = found.tensor("a.weight").unwrap();
         assert_eq!(tensor.to_vec2::<f32>().unwrap(), [[1.5, -2.0, 3.25], [0.0, -0.5, 7.0]]);
@@ -181,7 +181,7 @@ mod tests {
         let mut archive = zip::ZipArchive::new(Cursor::new(bytes)).unwrap();
         for index in 0..archive.len() {
             let record = archive.by_index(index).unwrap();
-            assert_eq!(record.data_start().unwrap() % 64, 0, "{:?}", record.name());
+            assert_eq!(record.data_start().unwrap() % 64, 0, "record {index}");
         }
     }
 

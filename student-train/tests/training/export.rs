@@ -1,131 +1,170 @@
-//! Exported students: the formats hold the run's weights, and what is refused leaves no file.
+//! Exported students: every format holds the run's weights, and what cannot be exported gets one sentence.
 
 use std::fs;
 use std::path::Path;
 
+use clap::Parser as _;
+use prost::Message as _;
+use shared::onnx::proto::ModelProto;
 use shared::tensor_file::TensorFile;
 use shared::weights::{Checkpoint, Format};
 use shared::{Error, Result};
-use student_train::args::{ExportFormat, TensorNames};
-use student_train::{ExportArgs, Exported};
+use student_train::{Args, Exported, Summary};
 
 use crate::train;
 use crate::workspace::Workspace;
 
-fn arguments(workspace: &Workspace, format: ExportFormat) -> ExportArgs {
-    ExportArgs {
-        run: workspace.path("run"),
-        format,
-        output: workspace.path("exported"),
-        names: TensorNames::Timm,
-        size: None,
-        head: false,
-        overwrite: false,
-        json: false,
+/// Exports `run` to `file`; `more` are words of a command line.
+fn export(workspace: &Workspace, run: &str, file: &str, more: &str) -> Result<Exported> {
+    let (run, output) = (workspace.path(run).display().to_string(), workspace.path(file).display().to_string());
+    let mut words = vec!["student-train", "export", &run, "--output", &output];
+    words.extend(more.split_whitespace());
+    let args = Args::try_parse_from(words).map_err(|e| Error::usage(e.to_string()))?;
+    match student_train::run(&args)? {
+        Summary::Exported(exported) => Ok(exported),
+        _ => Err(Error::usage("not an export")),
     }
 }
 
-fn export(args: &ExportArgs) -> Result<Exported> {
-    student_train::export::export(args)
+fn finished(more: &[&str]) -> Result<Workspace> {
+    let workspace = Workspace::new()?;
+    train(&workspace, "pretrain", "run", more)?;
+    Ok(workspace)
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).map_err(Error::io("read", path))
 }
 
+fn onnx(exported: &Exported) -> Result<ModelProto> {
+    ModelProto::decode(read(&exported.output)?.as_slice()).map_err(|e| Error::invalid(e.to_string(), ""))
+}
+
 #[test]
-fn safetensors_are_the_runs_own() -> Result<()> {
-    let workspace = Workspace::new()?;
-    train(&workspace, "pretrain", "run", &[])?;
-    let args = arguments(&workspace, ExportFormat::Safetensors);
-    let exported = export(&args)?;
+fn safetensors_are_the_runs_own_file() -> Result<()> {
+    let workspace = finished(&[])?;
+    let exported = export(&workspace, "run", "resnet18.safetensors", "")?;
     assert_eq!(exported.student, "resnet18");
     let original = workspace.path("run").join("student.safetensors");
     assert_eq!(read(&exported.output)?, read(&original)?);
     let file = TensorFile::open(&exported.output)?;
     assert_eq!(file.metadata()["arch"], "resnet18");
     assert_eq!(file.shape("conv1.weight")?, [64, 3, 7, 7]);
+    Ok(())
+}
 
-    assert!(matches!(export(&args), Err(Error::Usage { .. })));
-    let args = ExportArgs { overwrite: true, ..args };
-    export(&args)?;
-    let mut bytes = read(&original)?;
-    if let Some(last) = bytes.last_mut() {
-        *last ^= 1;
+#[test]
+fn pytorch_files_hold_the_same_tensors() -> Result<()> {
+    let workspace = finished(&[])?;
+    let original = TensorFile::open(workspace.path("run").join("student.safetensors"))?;
+    let plain = Checkpoint::open(export(&workspace, "run", "student.pth", "--format pth")?.output)?;
+    assert_eq!((plain.format(), plain.state_key()), (Format::PytorchZip, ""));
+    let renamed = export(&workspace, "run", "detectron2.pth", "--format pth --names detectron2")?;
+    let renamed = Checkpoint::open(renamed.output)?;
+    assert_eq!(plain.entries().len(), original.names().len());
+    assert_eq!(renamed.entries().len(), original.names().len());
+    assert_eq!(renamed.state_key(), "model");
+    let floats = original.tensors()?.into_iter().filter(|(_, tensor)| tensor.dtype().is_float());
+    for (name, tensor) in floats {
+        assert_eq!(plain.values(&name)?, tensor.flatten_all()?.to_vec1::<f32>()?, "{name}");
     }
-    shared::io::write_atomic(&original, &bytes)?;
-    for format in [ExportFormat::Safetensors, ExportFormat::Pth, ExportFormat::Onnx] {
-        let error = export(&ExportArgs { format, ..args.clone() }).map(|_| ()).unwrap_err();
-        assert!(matches!(error, Error::Damaged { .. }), "{error}");
+    let pairs = [
+        ("conv1.weight", "stem.conv1.weight"),
+        ("layer2.0.downsample.1.running_var", "res3.0.shortcut.norm.running_var"),
+        ("layer4.1.bn2.bias", "res5.1.conv2.norm.bias"),
+    ];
+    for (timm, detectron2) in pairs {
+        let expected: Vec<f32> = original.tensor(timm)?.flatten_all()?.to_vec1()?;
+        assert_eq!(renamed.values(detectron2)?, expected);
     }
     Ok(())
 }
 
 #[test]
-fn pytorch_files_hold_the_same_numbers_under_either_names() -> Result<()> {
-    let workspace = Workspace::new()?;
-    train(&workspace, "pretrain", "run", &[])?;
-    let own = TensorFile::open(workspace.path("run").join("student.safetensors"))?.tensors()?;
-    let values = |tensor: &candle_core::Tensor| tensor.flatten_all().and_then(|flat| flat.to_vec1::<f32>());
+fn onnx_graphs_take_the_runs_size_or_another() -> Result<()> {
+    let workspace = finished(&[])?;
+    let exported = export(&workspace, "run", "own.onnx", "--format onnx")?;
+    let own = onnx(&exported)?;
+    let text = own.doc_string.unwrap_or_default();
+    assert!(text.contains("image_size 16x16") && !text.contains("embeddings"), "{text}");
+    let larger = onnx(&export(&workspace, "run", "larger.onnx", "--format onnx --size 224 --head")?)?;
+    let text = larger.doc_string.unwrap_or_default();
+    assert!(text.contains("image_size 224x224") && text.contains("embedding_dim 128"), "{text}");
+    let entries: Vec<(&str, &str)> = larger
+        .metadata_props
+        .iter()
+        .map(|entry| (entry.key.as_deref().unwrap_or_default(), entry.value.as_deref().unwrap_or_default()))
+        .collect();
+    assert!(entries.contains(&("arch", "resnet18")) && entries.contains(&("mean", "[0.485, 0.456, 0.406]")));
+    let outputs = |model: &Option<shared::onnx::proto::GraphProto>| model.as_ref().map(|graph| graph.output.len());
+    assert_eq!((outputs(&own.graph), outputs(&larger.graph)), (Some(1), Some(2)));
 
-    let args = arguments(&workspace, ExportFormat::Pth);
-    let timm = Checkpoint::open(export(&args)?.output)?;
-    assert_eq!((timm.format(), timm.state_key(), timm.entries().len()), (Format::PytorchZip, "", own.len()));
-    for (name, tensor) in own.iter().filter(|(_, tensor)| tensor.dtype().is_float()) {
-        assert_eq!(values(&timm.tensor(name)?)?, values(tensor)?, "{name}");
-    }
+    let again = export(&workspace, "run", "own.onnx", "--format onnx --overwrite")?;
+    assert_eq!(again.blake3, exported.blake3);
+    Ok(())
+}
 
-    let args = ExportArgs { names: TensorNames::Detectron2, overwrite: true, ..args };
-    let detectron2 = Checkpoint::open(export(&args)?.output)?;
-    assert_eq!((detectron2.state_key(), detectron2.entries().len()), ("model", own.len()));
-    for (ours, theirs) in
-        [("conv1.weight", "stem.conv1.weight"), ("layer2.0.downsample.1.bias", "res3.0.shortcut.norm.bias")]
-    {
-        assert_eq!(values(&detectron2.tensor(theirs)?)?, values(&own[ours])?);
+#[test]
+fn files_that_exist_are_kept() -> Result<()> {
+    let workspace = finished(&[])?;
+    export(&workspace, "run", "student", "")?;
+    let error = export(&workspace, "run", "student", "--format onnx").map(|_| ()).unwrap_err();
+    assert!(error.to_string().contains("`--overwrite`") && error.exit_status() == 2, "{error}");
+    export(&workspace, "run", "student", "--overwrite")?;
+    Ok(())
+}
+
+#[test]
+fn changed_weights_are_refused() -> Result<()> {
+    let workspace = finished(&[])?;
+    let run = shared::run::Run::open(workspace.path("run"))?;
+    for (file, formats) in [
+        (run.student_path(), vec!["", "--format pth", "--format onnx"]),
+        (run.directory().join(&run.details().checkpoint), vec!["--format onnx --head"]),
+    ] {
+        let original = read(&file)?;
+        let mut bytes = original.clone();
+        if let Some(last) = bytes.last_mut() {
+            *last ^= 1;
+        }
+        shared::io::write_atomic(&file, &bytes)?;
+        for format in formats {
+            let error = export(&workspace, "run", "student", format).map(|_| ()).unwrap_err();
+            assert!(matches!(error, Error::Damaged { .. }), "{format}: {error}");
+        }
+        shared::io::write_atomic(&file, &original)?;
     }
     Ok(())
 }
 
 #[test]
-fn graphs_are_the_same_bytes_every_time_and_take_the_size_they_are_asked_for() -> Result<()> {
-    let workspace = Workspace::new()?;
-    train(&workspace, "pretrain", "run", &[])?;
-    let args = ExportArgs { overwrite: true, ..arguments(&workspace, ExportFormat::Onnx) };
-    let first = export(&args)?;
-    assert_eq!(export(&args)?, first);
-    let other = export(&ExportArgs { size: Some(64), ..args.clone() })?;
-    assert_ne!(other.blake3, first.blake3);
-    let headed = export(&ExportArgs { head: true, ..args })?;
-    assert!(headed.bytes > first.bytes + 4 * 512 * 8, "the head's weights are there: {} bytes", headed.bytes);
+fn unfinished_runs_are_refused() -> Result<()> {
+    let workspace = finished(&["--stop-after-steps=3"])?;
+    for format in ["", "--format pth", "--format onnx", "--format onnx --head"] {
+        let error = export(&workspace, "run", "student", format).map(|_| ()).unwrap_err();
+        assert!(matches!(error, Error::Missing { .. }), "{error}");
+        assert_eq!(error.to_string().lines().count(), 1, "{error}");
+        assert!(!workspace.path("student").exists());
+    }
     Ok(())
 }
 
 #[test]
 fn options_that_do_not_go_together_are_refused() -> Result<()> {
-    let workspace = Workspace::new()?;
-    train(&workspace, "pretrain", "run", &["--student=efficientnet_b0"])?;
-    let plain = arguments(&workspace, ExportFormat::Safetensors);
-    let detectron2 = ExportArgs { names: TensorNames::Detectron2, ..arguments(&workspace, ExportFormat::Pth) };
-    for (args, words) in [
-        (ExportArgs { size: Some(64), ..plain.clone() }, "`--size` is for `--format onnx`"),
-        (ExportArgs { head: true, ..plain.clone() }, "`--head` is for `--format onnx`"),
-        (ExportArgs { names: TensorNames::Detectron2, ..plain }, "`--names detectron2` is for `--format pth`"),
-        (detectron2, "`--names detectron2` is for ResNets"),
-    ] {
-        let error = export(&args).map(|_| ()).unwrap_err();
-        assert!(error.exit_status() == 2 && error.to_string().contains(words), "{error}");
-        assert!(!args.output.exists());
+    let workspace = finished(&["--student=mobilenetv3_large_100"])?;
+    let cases = [
+        ("--size 224", "`--format onnx`"),
+        ("--format pth --head", "`--format onnx`"),
+        ("--names detectron2", "`--format pth`"),
+        ("--format pth --names detectron2", "mobilenetv3_large_100"),
+        ("--format onnx --size 0", "1..=65535"),
+        ("--format onnx --size 70000", "1..=65535"),
+    ];
+    for (more, expected) in cases {
+        let error = export(&workspace, "run", "student", more).map(|_| ()).unwrap_err();
+        assert_eq!(error.exit_status(), 2);
+        assert!(error.to_string().contains(expected), "{more}: {error}");
+        assert!(!workspace.path("student").exists());
     }
-    Ok(())
-}
-
-#[test]
-fn an_unfinished_run_is_refused() -> Result<()> {
-    let workspace = Workspace::new()?;
-    train(&workspace, "pretrain", "run", &["--stop-after-steps=3"])?;
-    let args = arguments(&workspace, ExportFormat::Safetensors);
-    let error = export(&args).map(|_| ()).unwrap_err();
-    assert!(matches!(error, Error::Missing { .. }), "{error}");
-    assert!(!args.output.exists());
     Ok(())
 }

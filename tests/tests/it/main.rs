@@ -2,6 +2,7 @@
 
 mod chain;
 mod golden_activations;
+mod golden_costs;
 mod golden_disco;
 mod golden_losses;
 mod golden_models;
