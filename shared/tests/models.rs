@@ -36,7 +36,8 @@ fn all_architectures_have_the_papers_parameters() -> TestResult {
     // sum(p.numel() for p in timm.create_model(name, num_classes=0).parameters()); the sixth from SwAV's resnet50w2
     let counts = [
         11_176_512, 21_284_672, 23_508_032, 42_500_160, 58_143_808, 93_907_072, 4_007_548, 6_513_184, 4_202_032,
-        3_371_008, 4_135_680, 4_811_072, 6_916_096, 11_725_568,
+        3_371_008, 4_135_680, 4_811_072, 6_916_096, 11_725_568, 5_524_416, 21_665_664, 85_798_656, 5_526_720,
+        21_670_272, 85_807_872, 6_523_272, 25_868_304,
     ];
     assert_eq!(counts.len(), Arch::ALL.len());
     for (arch, expected) in Arch::ALL.into_iter().zip(counts) {

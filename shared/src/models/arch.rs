@@ -28,11 +28,19 @@ pub enum Arch {
     EfficientNetLite2,
     EfficientNetLite3,
     EfficientNetLite4,
+    VitTinyPatch16,
+    VitSmallPatch16,
+    VitBasePatch16,
+    VitTinyPatch8,
+    VitSmallPatch8,
+    VitBasePatch8,
+    XcitTiny12Patch16,
+    XcitSmall12Patch16,
 }
 
 impl Arch {
     /// All architectures.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 22] = [
         Self::ResNet18,
         Self::ResNet34,
         Self::ResNet50,
@@ -47,9 +55,18 @@ impl Arch {
         Self::EfficientNetLite2,
         Self::EfficientNetLite3,
         Self::EfficientNetLite4,
+        Self::VitTinyPatch16,
+        Self::VitSmallPatch16,
+        Self::VitBasePatch16,
+        Self::VitTinyPatch8,
+        Self::VitSmallPatch8,
+        Self::VitBasePatch8,
+        Self::XcitTiny12Patch16,
+        Self::XcitSmall12Patch16,
     ];
 
-    /// The name in flags, files and timm: `resnet18`. timm has no `resnet50w2`; that is what `SwAV` calls it.
+    /// The name in flags, files and timm: `resnet18`. timm has no `resnet50w2`, which `SwAV` calls so,
+    /// and no `vit_tiny_patch8_224`.
     pub fn name(self) -> &'static str {
         match self {
             Self::ResNet18 => "resnet18",
@@ -66,6 +83,14 @@ impl Arch {
             Self::EfficientNetLite2 => "tf_efficientnet_lite2",
             Self::EfficientNetLite3 => "tf_efficientnet_lite3",
             Self::EfficientNetLite4 => "tf_efficientnet_lite4",
+            Self::VitTinyPatch16 => "vit_tiny_patch16_224",
+            Self::VitSmallPatch16 => "vit_small_patch16_224",
+            Self::VitBasePatch16 => "vit_base_patch16_224",
+            Self::VitTinyPatch8 => "vit_tiny_patch8_224",
+            Self::VitSmallPatch8 => "vit_small_patch8_224",
+            Self::VitBasePatch8 => "vit_base_patch8_224",
+            Self::XcitTiny12Patch16 => "xcit_tiny_12_p16_224",
+            Self::XcitSmall12Patch16 => "xcit_small_12_p16_224",
         }
     }
 
@@ -83,6 +108,9 @@ impl Arch {
             | Self::EfficientNetLite2
             | Self::EfficientNetLite3
             | Self::EfficientNetLite4 => 1280,
+            Self::VitTinyPatch16 | Self::VitTinyPatch8 | Self::XcitTiny12Patch16 => 192,
+            Self::VitSmallPatch16 | Self::VitSmallPatch8 | Self::XcitSmall12Patch16 => 384,
+            Self::VitBasePatch16 | Self::VitBasePatch8 => 768,
         }
     }
 
@@ -96,13 +124,17 @@ impl Arch {
             Self::ResNet152 => "58.1",
             Self::ResNet50W2 => "93.9",
             Self::EfficientNetB0 => "4.0",
-            Self::EfficientNetB1 => "6.5",
+            Self::EfficientNetB1 | Self::XcitTiny12Patch16 => "6.5",
             Self::MobileNetV3Large => "4.2",
             Self::EfficientNetLite0 => "3.4",
             Self::EfficientNetLite1 => "4.1",
             Self::EfficientNetLite2 => "4.8",
             Self::EfficientNetLite3 => "6.9",
             Self::EfficientNetLite4 => "11.7",
+            Self::VitTinyPatch16 | Self::VitTinyPatch8 => "5.5",
+            Self::VitSmallPatch16 | Self::VitSmallPatch8 => "21.7",
+            Self::VitBasePatch16 | Self::VitBasePatch8 => "85.8",
+            Self::XcitSmall12Patch16 => "25.9",
         };
         format!("{millions} million parameters, {} features", self.feature_width())
     }
@@ -150,13 +182,14 @@ impl ValueEnum for Arch {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::models::VitOptions;
     use crate::ops::Builder;
 
     #[test]
     fn the_help_tells_the_true_number_of_parameters() {
         for arch in Arch::ALL {
             let mut builder = Builder::describing();
-            crate::models::Backbone::new(&mut builder, arch).unwrap();
+            crate::models::Backbone::new(&mut builder, arch, VitOptions::default()).unwrap();
             let trainable = builder.finish(0).unwrap().num_parameters();
             let told = format!("{:.1} million", trainable as f64 / 1e6);
             assert!(arch.about().starts_with(&told), "{arch}: {told}, {}", arch.about());

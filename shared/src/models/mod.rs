@@ -10,6 +10,8 @@ mod inverted_residual;
 mod mlp_head;
 mod mobilenet_v3;
 mod resnet;
+mod vit;
+mod xcit;
 
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
@@ -20,6 +22,9 @@ use self::efficientnet::{EfficientNet, Scaling};
 pub use self::mlp_head::{MlpConfig, MlpHead, MlpLayer};
 use self::mobilenet_v3::MobileNetV3;
 use self::resnet::ResNet;
+use self::vit::Vit;
+pub use self::vit::VitOptions;
+use self::xcit::Xcit;
 use crate::ops::{self, Activation, Builder, Engine, Interpreter, Mode, ParameterStore, Pass, ProjectionHead};
 use crate::{Error, Result};
 
@@ -39,7 +44,7 @@ pub struct HeadConfig {
 /// Only if a tensor operation fails.
 pub fn names_and_shapes(arch: Arch, head: Option<HeadConfig>) -> Result<Vec<(String, Vec<usize>)>> {
     let mut builder = Builder::describing();
-    Layers::new(&mut builder, arch, head)?;
+    Layers::new(&mut builder, arch, head, VitOptions::default())?;
     Ok(builder.finish(0)?.names_and_shapes())
 }
 
@@ -48,10 +53,12 @@ enum Backbone {
     ResNet(ResNet),
     EfficientNet(EfficientNet),
     MobileNetV3(MobileNetV3),
+    Vit(Vit),
+    Xcit(Xcit),
 }
 
 impl Backbone {
-    fn new(builder: &mut Builder, arch: Arch) -> Result<Self> {
+    fn new(builder: &mut Builder, arch: Arch, vit: VitOptions) -> Result<Self> {
         Ok(match arch {
             Arch::ResNet18 => Self::ResNet(ResNet::basic(builder, [2, 2, 2, 2])?),
             Arch::ResNet34 => Self::ResNet(ResNet::basic(builder, [3, 4, 6, 3])?),
@@ -67,6 +74,13 @@ impl Backbone {
             Arch::EfficientNetLite3 => Self::EfficientNet(EfficientNet::new(builder, &Scaling::lite(1.2, 1.4))?),
             Arch::EfficientNetLite4 => Self::EfficientNet(EfficientNet::new(builder, &Scaling::lite(1.4, 1.8))?),
             Arch::MobileNetV3Large => Self::MobileNetV3(MobileNetV3::large(builder)?),
+            Arch::VitTinyPatch16 | Arch::VitSmallPatch16 | Arch::VitBasePatch16 => {
+                Self::Vit(Vit::new(builder, arch.feature_width(), 16, vit)?)
+            }
+            Arch::VitTinyPatch8 | Arch::VitSmallPatch8 | Arch::VitBasePatch8 => {
+                Self::Vit(Vit::new(builder, arch.feature_width(), 8, vit)?)
+            }
+            Arch::XcitTiny12Patch16 | Arch::XcitSmall12Patch16 => Self::Xcit(Xcit::new(builder, arch.feature_width())?),
         })
     }
 
@@ -76,6 +90,8 @@ impl Backbone {
             Self::ResNet(network) => network.forward(run, xs),
             Self::EfficientNet(network) => network.forward(run, xs),
             Self::MobileNetV3(network) => network.forward(run, xs),
+            Self::Vit(network) => network.forward(run, xs),
+            Self::Xcit(network) => network.forward(run, xs),
         }
     }
 }
@@ -87,8 +103,8 @@ struct Layers {
 }
 
 impl Layers {
-    fn new(builder: &mut Builder, arch: Arch, head: Option<HeadConfig>) -> Result<Self> {
-        let backbone = Backbone::new(builder, arch)?;
+    fn new(builder: &mut Builder, arch: Arch, head: Option<HeadConfig>, vit: VitOptions) -> Result<Self> {
+        let backbone = Backbone::new(builder, arch, vit)?;
         let head = match head {
             Some(config) => Some(ProjectionHead {
                 hidden: builder.linear("fc.0", arch.feature_width(), config.hidden)?,
@@ -124,6 +140,7 @@ impl Layers {
 pub struct Encoder {
     arch: Arch,
     head: Option<HeadConfig>,
+    vit: VitOptions,
     layers: Layers,
     store: ParameterStore,
     engine: Engine,
@@ -144,10 +161,24 @@ impl Encoder {
     /// # Errors
     /// Only if a tensor operation fails.
     pub fn on_device(arch: Arch, head: Option<HeadConfig>, seed: u64, device: &Device) -> Result<Self> {
+        Self::with_vit_options(arch, head, VitOptions::default(), seed, device)
+    }
+
+    /// As [`Encoder::on_device`], with what the tensors of a vision transformer do not tell; other networks do without.
+    ///
+    /// # Errors
+    /// `Error::Invalid` when the heads do not divide the channels.
+    pub fn with_vit_options(
+        arch: Arch,
+        head: Option<HeadConfig>,
+        vit: VitOptions,
+        seed: u64,
+        device: &Device,
+    ) -> Result<Self> {
         let mut builder = Builder::new(device);
-        let layers = Layers::new(&mut builder, arch, head)?;
+        let layers = Layers::new(&mut builder, arch, head, vit)?;
         let store = builder.finish(seed)?;
-        Ok(Self { arch, head, layers, store, engine: Engine::for_device(device), trainable: true })
+        Ok(Self { arch, head, vit, layers, store, engine: Engine::for_device(device), trainable: true })
     }
 
     /// The same encoder computed by another engine.
@@ -163,7 +194,7 @@ impl Encoder {
     /// Only if a tensor operation fails.
     pub fn momentum_copy(&self) -> Result<Self> {
         let mut builder = Builder::new(self.device());
-        let layers = Layers::new(&mut builder, self.arch, self.head)?;
+        let layers = Layers::new(&mut builder, self.arch, self.head, self.vit)?;
         let store = builder.finish_zeroed();
         store.copy_from(&self.store)?;
         Ok(Self { layers, store, trainable: false, ..*self })

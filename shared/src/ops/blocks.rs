@@ -120,17 +120,18 @@ pub fn global_average_pool(xs: &Tensor, pass: &Pass) -> Result<Tensor> {
     }
 }
 
-/// `act(xs weight + bias)`.
+/// `act(xs weight + bias)`, row by row.
 ///
 /// # Shapes
-/// - `xs`: `(B, in)` f32
-/// - returns: `(B, out)` f32
+/// - `xs`: `(.., in)` f32: rows `(B, in)`, or tokens
+/// - returns: `(.., out)` f32
 ///
 /// # Errors
 /// `Error::Shape` when `xs` has another width.
 pub fn linear(xs: &Tensor, params: &Linear, act: Activation, pass: &Pass) -> Result<Tensor> {
     match pass.engine {
         Engine::Reference => reference::linear(xs, params, act, pass),
+        Engine::Cpu if xs.rank() > 2 => cpu::token_layers::linear(xs, params, act, pass),
         Engine::Cpu => cpu::layers::linear(xs, params, act, pass),
     }
 }

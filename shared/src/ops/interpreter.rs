@@ -5,8 +5,12 @@
 
 use candle_core::Tensor;
 
-use super::parameter::{Activation, BasicBlock, Bottleneck, ConvBn, Linear, MbConv, SqueezeExcite, Stem};
-use super::{Pass, blocks};
+use super::parameter::{Activation, BasicBlock, Bottleneck, ConvBn, Linear, MbConv, Parameter, SqueezeExcite, Stem};
+use super::token_parameter::{
+    Attention, AttentionBlock, ClassAttentionBlock, LayerNorm, LocalBlock, LocalPatchInteraction, MlpBlock,
+    PatchEmbedding,
+};
+use super::{Pass, blocks, token_blocks};
 use crate::Result;
 
 /// Runs the blocks that networks are made of.
@@ -14,7 +18,7 @@ use crate::Result;
 /// The blocks without an implementation here are primitive. The others are composed of these, for interpreters that gain nothing from
 /// seeing them whole.
 pub trait Interpreter {
-    /// What passes from block to block: for [`Pass`] images `(B, H, W, C)` or rows `(B, F)`.
+    /// What passes from block to block: for [`Pass`] images or grids of tokens `(B, H, W, C)`, tokens `(B, N, C)` or rows `(B, F)`.
     type Value: Clone;
 
     /// Convolution, batch norm, the sum with `residual` if there is one, activation: [`crate::ops::conv_bn`].
@@ -41,7 +45,7 @@ pub trait Interpreter {
     /// As [`crate::ops::global_average_pool`].
     fn global_average_pool(&mut self, xs: &Self::Value) -> Result<Self::Value>;
 
-    /// An affine map of rows: [`crate::ops::linear`].
+    /// An affine map of rows, which may be tokens: [`crate::ops::linear`].
     ///
     /// # Errors
     /// As [`crate::ops::linear`].
@@ -52,6 +56,110 @@ pub trait Interpreter {
     /// # Errors
     /// `Error::Shape` for an image of other channels.
     fn squeeze_excite(&mut self, xs: &Self::Value, params: &SqueezeExcite) -> Result<Self::Value>;
+
+    /// From an image to tokens with positions, a class token first: [`crate::ops::embed_patches`].
+    ///
+    /// # Errors
+    /// As [`crate::ops::embed_patches`].
+    fn embed_patches(&mut self, xs: &Self::Value, params: &PatchEmbedding) -> Result<Self::Value>;
+
+    /// Adds positions to a grid of tokens: [`crate::ops::add_fourier_positions`].
+    ///
+    /// # Errors
+    /// As [`crate::ops::add_fourier_positions`].
+    fn add_fourier_positions(&mut self, xs: &Self::Value, params: &Linear) -> Result<Self::Value>;
+
+    /// A norm of each token: [`crate::ops::layer_norm`].
+    ///
+    /// # Errors
+    /// As [`crate::ops::layer_norm`].
+    fn layer_norm(&mut self, xs: &Self::Value, params: &LayerNorm) -> Result<Self::Value>;
+
+    /// Attention between tokens: [`crate::ops::attention`].
+    ///
+    /// # Errors
+    /// As [`crate::ops::attention`].
+    fn attention(&mut self, qkv: &Self::Value, heads: usize) -> Result<Self::Value>;
+
+    /// Attention between channels: [`crate::ops::cross_covariance_attention`].
+    ///
+    /// # Errors
+    /// As [`crate::ops::cross_covariance_attention`].
+    fn cross_covariance_attention(&mut self, qkv: &Self::Value, temperature: &Parameter) -> Result<Self::Value>;
+
+    /// Attention of one row for each image: [`crate::ops::class_attention`].
+    ///
+    /// # Errors
+    /// As [`crate::ops::class_attention`].
+    fn class_attention(
+        &mut self,
+        query: &Self::Value,
+        keys: &Self::Value,
+        values: &Self::Value,
+        heads: usize,
+    ) -> Result<Self::Value>;
+
+    /// Convolutions over a grid of tokens: [`crate::ops::local_patch_interaction`].
+    ///
+    /// # Errors
+    /// As [`crate::ops::local_patch_interaction`].
+    fn local_patch_interaction(&mut self, xs: &Self::Value, params: &LocalPatchInteraction) -> Result<Self::Value>;
+
+    /// From a grid of tokens to a row of them with another one first: [`crate::ops::prepend_token`].
+    ///
+    /// # Errors
+    /// As [`crate::ops::prepend_token`].
+    fn prepend_token(&mut self, xs: &Self::Value, token: &Parameter) -> Result<Self::Value>;
+
+    /// From tokens to rows: [`crate::ops::first_token`].
+    ///
+    /// # Errors
+    /// As [`crate::ops::first_token`].
+    fn first_token(&mut self, xs: &Self::Value) -> Result<Self::Value>;
+
+    /// Tokens with a row in the place of the first: [`crate::ops::replace_first_token`].
+    ///
+    /// # Errors
+    /// As [`crate::ops::replace_first_token`].
+    fn replace_first_token(&mut self, xs: &Self::Value, token: &Self::Value) -> Result<Self::Value>;
+
+    /// A sum, with factors for the channels of the second summand: [`crate::ops::add_branch`].
+    ///
+    /// # Errors
+    /// As [`crate::ops::add_branch`].
+    fn add_branch(&mut self, xs: &Self::Value, branch: &Self::Value, scale: Option<&Parameter>) -> Result<Self::Value>;
+
+    /// Attention around a shortcut: see [`AttentionBlock`].
+    ///
+    /// # Errors
+    /// As [`crate::ops::attention`].
+    fn attention_block(&mut self, xs: &Self::Value, params: &AttentionBlock) -> Result<Self::Value> {
+        composed::attention_block(self, xs, params)
+    }
+
+    /// Two linear layers around a shortcut: see [`MlpBlock`].
+    ///
+    /// # Errors
+    /// As [`crate::ops::layer_norm`].
+    fn mlp_block(&mut self, xs: &Self::Value, params: &MlpBlock) -> Result<Self::Value> {
+        composed::mlp_block(self, xs, params)
+    }
+
+    /// Convolutions over a grid of tokens around a shortcut: see [`LocalBlock`].
+    ///
+    /// # Errors
+    /// As [`crate::ops::local_patch_interaction`].
+    fn local_block(&mut self, xs: &Self::Value, params: &LocalBlock) -> Result<Self::Value> {
+        composed::local_block(self, xs, params)
+    }
+
+    /// Attention of the class token around a shortcut: see [`ClassAttentionBlock`].
+    ///
+    /// # Errors
+    /// As [`crate::ops::class_attention`].
+    fn class_attention_block(&mut self, xs: &Self::Value, params: &ClassAttentionBlock) -> Result<Self::Value> {
+        composed::class_attention_block(self, xs, params)
+    }
 
     /// The first layers of a residual network: [`crate::ops::stem`].
     ///
@@ -89,7 +197,10 @@ pub trait Interpreter {
 
 /// Blocks out of primitive ones: what the whole blocks mean.
 pub(super) mod composed {
-    use super::{Activation, BasicBlock, Bottleneck, ConvBn, Interpreter, MbConv, Result};
+    use super::{
+        Activation, Attention, AttentionBlock, BasicBlock, Bottleneck, ClassAttentionBlock, ConvBn, Interpreter,
+        LocalBlock, MbConv, MlpBlock, Result,
+    };
 
     pub(in crate::ops) fn basic_block<I>(run: &mut I, xs: &I::Value, params: &BasicBlock) -> Result<I::Value>
     where
@@ -123,6 +234,67 @@ pub(super) mod composed {
             inner = run.squeeze_excite(&inner, squeeze_excite)?;
         }
         run.conv_bn(&inner, &params.project, params.residual.then_some(xs), Activation::Identity)
+    }
+
+    pub(in crate::ops) fn attention_block<I>(run: &mut I, xs: &I::Value, params: &AttentionBlock) -> Result<I::Value>
+    where
+        I: Interpreter + ?Sized,
+    {
+        let branch = run.layer_norm(xs, &params.norm)?;
+        let qkv = run.linear(&branch, &params.qkv, Activation::Identity)?;
+        let branch = match &params.attention {
+            Attention::Tokens { heads } => run.attention(&qkv, *heads)?,
+            Attention::CrossCovariance { temperature } => run.cross_covariance_attention(&qkv, temperature)?,
+        };
+        let branch = run.linear(&branch, &params.projection, Activation::Identity)?;
+        run.add_branch(xs, &branch, params.layer_scale.as_ref())
+    }
+
+    pub(in crate::ops) fn mlp_block<I>(run: &mut I, xs: &I::Value, params: &MlpBlock) -> Result<I::Value>
+    where
+        I: Interpreter + ?Sized,
+    {
+        let branch = run.layer_norm(xs, &params.norm)?;
+        let branch = run.linear(&branch, &params.hidden, Activation::Gelu)?;
+        let branch = run.linear(&branch, &params.output, Activation::Identity)?;
+        run.add_branch(xs, &branch, params.layer_scale.as_ref())
+    }
+
+    pub(in crate::ops) fn local_block<I>(run: &mut I, xs: &I::Value, params: &LocalBlock) -> Result<I::Value>
+    where
+        I: Interpreter + ?Sized,
+    {
+        let branch = run.layer_norm(xs, &params.norm)?;
+        let branch = run.local_patch_interaction(&branch, &params.interaction)?;
+        run.add_branch(xs, &branch, Some(&params.layer_scale))
+    }
+
+    pub(in crate::ops) fn class_attention_block<I>(
+        run: &mut I,
+        xs: &I::Value,
+        params: &ClassAttentionBlock,
+    ) -> Result<I::Value>
+    where
+        I: Interpreter + ?Sized,
+    {
+        let normed = run.layer_norm(xs, &params.norm1)?;
+        let query = run.first_token(&normed)?;
+        let query = run.linear(&query, &params.query, Activation::Identity)?;
+        let keys = run.linear(&normed, &params.key, Activation::Identity)?;
+        let values = run.linear(&normed, &params.value, Activation::Identity)?;
+        let attended = run.class_attention(&query, &keys, &values, params.heads)?;
+        let attended = run.linear(&attended, &params.projection, Activation::Identity)?;
+        // The other tokens' branch is their normalised value.
+        let branch = run.replace_first_token(&normed, &attended)?;
+        let xs = run.add_branch(xs, &branch, Some(&params.layer_scale1))?;
+        let xs = run.layer_norm(&xs, &params.norm2)?;
+        let class = run.first_token(&xs)?;
+        let branch = run.linear(&class, &params.hidden, Activation::Gelu)?;
+        let branch = run.linear(&branch, &params.output, Activation::Identity)?;
+        let class = run.add_branch(&class, &branch, Some(&params.layer_scale2))?;
+        // The other tokens are added to themselves.
+        let doubled = run.add_branch(&xs, &xs, None)?;
+        run.replace_first_token(&doubled, &class)
     }
 
     fn shortcut<I>(run: &mut I, xs: &I::Value, downsample: Option<&ConvBn>) -> Result<I::Value>
@@ -159,6 +331,62 @@ impl Interpreter for Pass {
     /// By itself, outside [`Interpreter::mb_conv`], it has no fused form.
     fn squeeze_excite(&mut self, xs: &Tensor, params: &SqueezeExcite) -> Result<Tensor> {
         super::reference::squeeze_excite(xs, params, self)
+    }
+
+    fn embed_patches(&mut self, xs: &Tensor, params: &PatchEmbedding) -> Result<Tensor> {
+        token_blocks::embed_patches(xs, params, self)
+    }
+
+    fn add_fourier_positions(&mut self, xs: &Tensor, params: &Linear) -> Result<Tensor> {
+        token_blocks::add_fourier_positions(xs, params, self)
+    }
+
+    fn layer_norm(&mut self, xs: &Tensor, params: &LayerNorm) -> Result<Tensor> {
+        token_blocks::layer_norm(xs, params, self)
+    }
+
+    fn attention(&mut self, qkv: &Tensor, heads: usize) -> Result<Tensor> {
+        token_blocks::attention(qkv, heads, self)
+    }
+
+    fn cross_covariance_attention(&mut self, qkv: &Tensor, temperature: &Parameter) -> Result<Tensor> {
+        token_blocks::cross_covariance_attention(qkv, temperature, self)
+    }
+
+    fn class_attention(&mut self, query: &Tensor, keys: &Tensor, values: &Tensor, heads: usize) -> Result<Tensor> {
+        token_blocks::class_attention(query, keys, values, heads)
+    }
+
+    fn local_patch_interaction(&mut self, xs: &Tensor, params: &LocalPatchInteraction) -> Result<Tensor> {
+        token_blocks::local_patch_interaction(xs, params, self)
+    }
+
+    fn prepend_token(&mut self, xs: &Tensor, token: &Parameter) -> Result<Tensor> {
+        token_blocks::prepend_token(xs, token, self)
+    }
+
+    fn first_token(&mut self, xs: &Tensor) -> Result<Tensor> {
+        token_blocks::first_token(xs)
+    }
+
+    fn replace_first_token(&mut self, xs: &Tensor, token: &Tensor) -> Result<Tensor> {
+        token_blocks::replace_first_token(xs, token)
+    }
+
+    fn add_branch(&mut self, xs: &Tensor, branch: &Tensor, scale: Option<&Parameter>) -> Result<Tensor> {
+        token_blocks::add_branch(xs, branch, scale, self)
+    }
+
+    fn attention_block(&mut self, xs: &Tensor, params: &AttentionBlock) -> Result<Tensor> {
+        token_blocks::attention_block(xs, params, self)
+    }
+
+    fn mlp_block(&mut self, xs: &Tensor, params: &MlpBlock) -> Result<Tensor> {
+        token_blocks::mlp_block(xs, params, self)
+    }
+
+    fn local_block(&mut self, xs: &Tensor, params: &LocalBlock) -> Result<Tensor> {
+        token_blocks::local_block(xs, params, self)
     }
 
     fn basic_block(&mut self, xs: &Tensor, params: &BasicBlock) -> Result<Tensor> {

@@ -26,9 +26,13 @@ mod cpu;
 mod interpreter;
 mod isa;
 mod parameter;
+mod positions;
 pub mod reference;
 mod shape;
 mod store;
+mod token_blocks;
+mod token_parameter;
+pub mod token_reference;
 
 pub use allocator::{TensorAllocator, reserve_memory};
 pub use blocks::{
@@ -41,8 +45,19 @@ pub use parameter::{
     Activation, BasicBlock, BatchNorm, Bottleneck, Conv2d, ConvBn, Gate, Geometry, Init, Linear, MbConv, Padding,
     Parameter, ProjectionHead, SqueezeExcite, Stem, WeightLayout,
 };
+pub use positions::FOURIER_CHANNELS;
 pub use shape::Shape;
+pub(crate) use store::TOKEN_STD;
 pub use store::{Builder, Gradients, ParameterStore};
+pub use token_blocks::{
+    add_branch, add_fourier_positions, attention, attention_block, class_attention, class_attention_block,
+    cross_covariance_attention, embed_patches, first_token, layer_norm, local_block, local_patch_interaction,
+    mlp_block, prepend_token, replace_first_token,
+};
+pub use token_parameter::{
+    Attention, AttentionBlock, BiasedConv, ClassAttentionBlock, LayerNorm, LocalBlock, LocalPatchInteraction, MlpBlock,
+    PatchEmbedding, PositionResampling, Positions,
+};
 
 use candle_core::{Device, Tensor};
 
@@ -50,6 +65,9 @@ use candle_core::{Device, Tensor};
 pub const BATCH_NORM_EPS: f64 = 1e-5;
 /// The weight of new statistics in the running ones, PyTorch's default.
 pub const BATCH_NORM_MOMENTUM: f64 = 0.1;
+
+/// The variance offset of layer norm in vision transformers, timm's.
+pub const LAYER_NORM_EPS: f64 = 1e-6;
 
 /// How batch norm gets its statistics.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -222,6 +222,8 @@ pub enum Activation {
     Silu,
     /// `x min(max(0, x + 3), 6) / 6`; its derivative at -3 and at 3 is 0 and 1, as `PyTorch`'s.
     HardSwish,
+    /// `x Phi(x)`, where `Phi` is the distribution function of the normal distribution: the exact form, not that by a hyperbolic tangent.
+    Gelu,
 }
 
 /// What turns the output of squeeze-excite into factors between 0 and 1.

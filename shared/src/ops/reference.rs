@@ -3,6 +3,8 @@
 //! Gradients come from candle's own rules, through the parameters' variables. NaN is never lost: neither candle's `relu` nor
 //! its `maximum` keeps it, so choices are written as comparisons.
 
+use std::f64::consts::FRAC_1_SQRT_2;
+
 use candle_core::{D, Tensor};
 
 use super::cpu::block::check_groups;
@@ -107,6 +109,8 @@ pub fn activate(xs: &Tensor, act: Activation) -> Result<Tensor> {
             let below_three = xs.ge(3.0)?.where_cond(xs, &between)?;
             xs.le(-3.0)?.where_cond(&xs.zeros_like()?, &below_three)?
         }
+        // By `erf`: the derivative of candle's own `gelu_erf` has six digits only.
+        Activation::Gelu => (xs * (((xs * FRAC_1_SQRT_2)?.erf()? + 1.0)? * 0.5)?)?,
     })
 }
 
@@ -228,8 +232,10 @@ pub fn global_average_pool(xs: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// A tensor operation that fails.
 pub fn linear(xs: &Tensor, params: &Linear, act: Activation, pass: &Pass) -> Result<Tensor> {
-    let xs = xs.matmul(&params.weight.value(pass.record))?.broadcast_add(&params.bias.value(pass.record))?;
-    activate(&xs, act)
+    let (inputs, outputs) = params.weight.var().dims2()?;
+    let shape: Vec<usize> = [&xs.dims()[..xs.rank() - 1], &[outputs]].concat();
+    let xs = xs.reshape(((), inputs))?.matmul(&params.weight.value(pass.record))?;
+    activate(&xs.broadcast_add(&params.bias.value(pass.record))?.reshape(shape)?, act)
 }
 
 /// See [`crate::ops::l2_normalise`].

@@ -7,12 +7,15 @@ use candle_core::{DType, Device, Tensor, Var};
 use rayon::prelude::*;
 
 use super::parameter::{BatchNorm, Conv2d, ConvBn, Geometry, Init, Linear, Parameter, WeightLayout};
-use super::{BATCH_NORM_EPS, BATCH_NORM_MOMENTUM};
+use super::token_parameter::{BiasedConv, LayerNorm};
+use super::{BATCH_NORM_EPS, BATCH_NORM_MOMENTUM, LAYER_NORM_EPS};
 use crate::rng::KeyedRng;
 use crate::{Error, Result};
 
 /// How many names of each kind an error lists.
 const NAMES_LISTED: usize = 8;
+/// The standard deviation of the weights of vision transformers.
+pub(crate) const TOKEN_STD: f64 = 0.02;
 
 #[derive(Debug, Clone)]
 struct Entry {
@@ -344,6 +347,53 @@ impl Builder {
         Ok(Linear { weight, bias })
     }
 
+    /// A linear layer as vision transformers start it: weight normal, bias 0.
+    ///
+    /// timm cuts its normal distribution off at 2, a hundred standard deviations away.
+    ///
+    /// # Errors
+    /// A tensor operation that fails.
+    pub fn token_linear(&mut self, name: &str, inputs: usize, outputs: usize) -> Result<Linear> {
+        let init = Init::Normal { std: TOKEN_STD };
+        Ok(Linear {
+            weight: self.add(format!("{name}.weight"), &[outputs, inputs], WeightLayout::Linear, init, true)?,
+            bias: self.add(format!("{name}.bias"), &[outputs], WeightLayout::Plain, Init::Constant(0.0), true)?,
+        })
+    }
+
+    /// A convolution without bias, uniform in `±1/sqrt(fan-in)`, `PyTorch`'s default.
+    ///
+    /// # Errors
+    /// A tensor operation that fails.
+    pub fn uniform_conv(&mut self, name: &str, geometry: Geometry) -> Result<Conv2d> {
+        let (shape, bound) = uniform(geometry);
+        let init = Init::Uniform { bound };
+        let weight = self.add(format!("{name}.weight"), &shape, WeightLayout::Convolution, init, true)?;
+        Ok(Conv2d { weight, geometry })
+    }
+
+    /// A convolution with bias, both drawn as [`Builder::uniform_conv`] draws.
+    ///
+    /// # Errors
+    /// A tensor operation that fails.
+    pub fn biased_conv(&mut self, name: &str, geometry: Geometry) -> Result<BiasedConv> {
+        let init = Init::Uniform { bound: uniform(geometry).1 };
+        let conv = self.uniform_conv(name, geometry)?;
+        let bias = self.add(format!("{name}.bias"), &[geometry.out_channels], WeightLayout::Plain, init, true)?;
+        Ok(BiasedConv { conv, bias })
+    }
+
+    /// A layer norm with scale 1 and shift 0.
+    ///
+    /// # Errors
+    /// A tensor operation that fails.
+    pub fn layer_norm(&mut self, name: &str, channels: usize) -> Result<LayerNorm> {
+        let mut add = |field: &str, value: f32| {
+            self.add(format!("{name}.{field}"), &[channels], WeightLayout::Plain, Init::Constant(value), true)
+        };
+        Ok(LayerNorm { weight: add("weight", 1.0)?, bias: add("bias", 0.0)?, eps: LAYER_NORM_EPS })
+    }
+
     /// Any tensor.
     ///
     /// # Errors
@@ -365,6 +415,13 @@ impl Builder {
         }
         Ok(parameter)
     }
+}
+
+/// The shape of a convolution's weights in a file, and the bound that `PyTorch` draws them within.
+fn uniform(geometry: Geometry) -> ([usize; 4], f64) {
+    let Geometry { out_channels, kernel, .. } = geometry;
+    let fan_in = geometry.channels_per_group() * kernel * kernel;
+    ([out_channels, geometry.channels_per_group(), kernel, kernel], 1.0 / (fan_in as f64).sqrt())
 }
 
 fn initialise(name: &str, entry: &Entry, seed: u64) -> Result<()> {

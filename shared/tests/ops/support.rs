@@ -15,8 +15,14 @@ pub(crate) const TRAIN: Mode = Mode::Train { bn_groups: 1 };
 pub(crate) const GROUPS: Mode = Mode::Train { bn_groups: 2 };
 
 /// All there are.
-pub(crate) const ACTIVATIONS: [Activation; 5] =
-    [Activation::Identity, Activation::Relu, Activation::Relu6, Activation::Silu, Activation::HardSwish];
+pub(crate) const ACTIVATIONS: [Activation; 6] = [
+    Activation::Identity,
+    Activation::Relu,
+    Activation::Relu6,
+    Activation::Silu,
+    Activation::HardSwish,
+    Activation::Gelu,
+];
 
 /// Independent normal values, a function of shape and seed.
 pub(crate) fn normal(shape: &[usize], seed: u64) -> Result<Tensor, Error> {

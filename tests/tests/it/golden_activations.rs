@@ -14,12 +14,13 @@ use shared::ops::{
 };
 
 const ENGINES: [Engine; 2] = [Engine::Cpu, Engine::Reference];
-const ACTIVATIONS: [(&str, Activation); 5] = [
+const ACTIVATIONS: [(&str, Activation); 6] = [
     ("identity", Activation::Identity),
     ("relu", Activation::Relu),
     ("relu6", Activation::Relu6),
     ("silu", Activation::Silu),
     ("hardswish", Activation::HardSwish),
+    ("gelu", Activation::Gelu),
 ];
 
 /// On values and slopes, as a part of them, beside a tenth of it.

@@ -7,4 +7,5 @@ mod golden_disco;
 mod golden_losses;
 mod golden_models;
 mod golden_teachers;
+mod golden_transformers;
 mod pipeline;

@@ -10,7 +10,9 @@
 use rayon::prelude::*;
 
 use super::depthwise::{self, Expansion, Pixels};
-use super::flow::{Before, Conv, Finish, Incoming, IncomingGate, Source, Wanted, backward_sums, buffer, pieces, split};
+use super::flow::{
+    Before, Conv, Finish, Incoming, IncomingGate, IncomingNorm, Source, Wanted, backward_sums, buffer, pieces, split,
+};
 use super::gemm::Packed;
 use super::norm::{Affine, BackwardSums, ShortSums, Statistics};
 use super::squeeze_excite::{self, SavedGate};
@@ -371,7 +373,7 @@ fn evaluate_expanded(
 }
 
 /// What batch norm does with its running statistics.
-fn running_affine(norm: &BatchNorm) -> candle_core::Result<Affine> {
+pub(super) fn running_affine(norm: &BatchNorm) -> candle_core::Result<Affine> {
     let to_f64 = |values: Vec<f32>| values.into_iter().map(f64::from).collect::<Vec<_>>();
     let (mean, variance) = (to_f64(values(norm.running_mean.var())?), to_f64(values(norm.running_var.var())?));
     Ok(Affine::new(&mean, &variance, &values(norm.weight.var())?, &values(norm.bias.var())?, norm.eps))
@@ -545,7 +547,8 @@ fn backward_layer(
     deposit(&norm.weight, to_f32(dscale))?;
     deposit(&norm.bias, to_f32(dshift))?;
     let Gradient { values, gate, .. } = gradient;
-    let incoming = Incoming { gradient: values, raw: &layer.raw, slopes: &slopes, gate };
+    let norm = Some(IncomingNorm { raw: &layer.raw, slopes: &slopes, gate });
+    let incoming = Incoming { gradient: values, norm };
     let mut outgoing = with_values(params.conv.weight.var(), |weight| {
         Ok(convolution::backward(&layer.conv, &source, weight, &incoming, wanted))
     })?;

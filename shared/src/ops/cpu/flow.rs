@@ -171,11 +171,18 @@ pub(super) fn statistics(pieces: Vec<(usize, Option<Moments>)>, groups: usize, c
     by_group.into_iter().map(|parts| Moments::combine(parts, channels)).collect()
 }
 
-/// The gradient of a layer's raw output, from that of its normalised output.
+/// The gradient of a layer's raw output.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Incoming<'a> {
-    /// `dz`, or where a gate follows the layer, the gradient of its gated output.
+    /// `dz`, or where a gate follows the layer, the gradient of its gated output; without batch norm, the gradient of the raw output.
     pub(super) gradient: &'a [f32],
+    /// What the gradient comes back through.
+    pub(super) norm: Option<IncomingNorm<'a>>,
+}
+
+/// Batch norm after a layer.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct IncomingNorm<'a> {
     pub(super) raw: &'a [f32],
     /// One for each group.
     pub(super) slopes: &'a [Slope],
@@ -200,8 +207,10 @@ impl Incoming<'_> {
     /// Writes the gradients of the raw numbers from `start` on, which belong to one group, and to one image where a gate follows.
     pub(super) fn read(&self, group: usize, start: usize, out: &mut [f32]) {
         let range = start..start + out.len();
-        let (gradient, raw, slope) = (&self.gradient[range.clone()], &self.raw[range], &self.slopes[group]);
-        match &self.gate {
+        let gradient = &self.gradient[range.clone()];
+        let Some(norm) = &self.norm else { return out.copy_from_slice(gradient) };
+        let (raw, slope) = (&norm.raw[range], &norm.slopes[group]);
+        match &norm.gate {
             None => tiles::raw_gradient(gradient, raw, slope, out),
             Some(gate) => {
                 let channels = slope.mean.len();

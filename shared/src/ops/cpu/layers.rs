@@ -47,7 +47,7 @@ pub(in crate::ops) fn linear(xs: &Tensor, params: &Linear, act: Activation, pass
     let (inputs, outputs) = params.weight.var().dims2()?;
     let rows = match *xs.dims() {
         [rows, width] if width == inputs => rows,
-        _ => return Err(shape_error(LINEAR, format!("(B, {inputs})"), xs)),
+        _ => return Err(shape_error(LINEAR, format!("(.., {inputs})"), xs)),
     };
     let xs = xs.contiguous()?;
     let bias = values(params.bias.var())?;

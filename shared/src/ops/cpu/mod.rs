@@ -7,15 +7,21 @@
 //! in the order of the pieces.
 
 mod activation;
+mod attention;
 pub(super) mod block;
 mod chain;
 mod convolution;
+mod cross_covariance;
+mod dense;
 mod depthwise;
 mod direct;
 mod flow;
 mod gemm;
 mod graph;
+pub(super) mod grid_layers;
+mod layer_norm;
 pub(super) mod layers;
+mod local_patch;
 mod norm;
 mod pointwise;
 mod pool;
@@ -23,6 +29,8 @@ mod rows;
 mod simd;
 mod squeeze_excite;
 mod tiles;
+pub(super) mod token_layers;
+mod token_tiles;
 pub(super) mod update;
 mod winograd;
 

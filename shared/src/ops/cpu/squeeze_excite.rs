@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use super::activation::NORMAL_DENSITY;
 use super::flow::{Before, Conv};
 use super::gemm::{Packed, Rows, multiply, multiply_transposed};
 use super::tiles;
@@ -44,6 +45,10 @@ fn activate(act: Activation, x: f32) -> (f32, f32) {
         Activation::HardSwish => {
             let slope = if x >= 3.0 { 1.0 } else { x / 3.0 + 0.5 };
             (x * gate(Gate::HardSigmoid, x).0, if x > -3.0 { slope } else { 0.0 })
+        }
+        Activation::Gelu => {
+            let below = 0.5 * libm::erfcf(-x * std::f32::consts::FRAC_1_SQRT_2);
+            (x * below, below + x * (-0.5 * x * x).exp() * NORMAL_DENSITY)
         }
     }
 }

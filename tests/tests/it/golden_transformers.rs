@@ -1,0 +1,212 @@
+//! Transformers against timm: names, shapes, features of images of two sizes, and backward passes.
+//!
+//! `tests/golden/transformers.py` computed the values in f64 and says how. Features within a relative error of 1e-4 have a cosine of
+//! more than 0.99999999 with timm's.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context as _, Result};
+use candle_core::{Device, Tensor};
+use serde::Deserialize;
+use shared::models::{Arch, Encoder, VitOptions, names_and_shapes};
+use shared::ops::{self, Engine, Mode, Pass, PositionResampling};
+use shared::{Error, losses};
+use tests::formula::{fingerprint, fingerprint_distance, parameters, unit, unit_rows, values};
+
+/// Largest relative error of an f32 forward or backward pass against f64.
+const TOLERANCE: f64 = 1e-4;
+
+#[derive(Deserialize)]
+struct Golden {
+    scales: BTreeMap<String, f64>,
+    evaluation: BTreeMap<Arch, Evaluation>,
+    dino: BTreeMap<Arch, Images>,
+    twelve_heads: Images,
+    training: BTreeMap<Arch, Training>,
+}
+
+#[derive(Deserialize)]
+struct Evaluation {
+    tensors: usize,
+    names_and_shapes: u64,
+    images: Vec<Images>,
+}
+
+#[derive(Deserialize)]
+struct Images {
+    size: [usize; 2],
+    batch: usize,
+    features: Vec<f64>,
+}
+
+#[derive(Deserialize)]
+struct Training {
+    size: [usize; 2],
+    batch: usize,
+    loss: f64,
+    rows: Vec<f64>,
+    zero_gradients: Vec<String>,
+    gradients: BTreeMap<String, Vec<f64>>,
+    buffers: BTreeMap<String, Vec<f64>>,
+}
+
+fn golden() -> Result<Golden> {
+    serde_json::from_str(include_str!("../../golden/transformers.json")).context("tests/golden/transformers.json")
+}
+
+fn encoder(arch: Arch, options: VitOptions, engine: Engine, scales: &BTreeMap<String, f64>) -> Result<Encoder> {
+    let encoder = Encoder::with_vit_options(arch, None, options, 0, &Device::Cpu)?.with_engine(engine);
+    let mut tensors = parameters(&encoder.store().names_and_shapes())?;
+    for (name, tensor) in &mut tensors {
+        let last = name.rsplit('.').next().unwrap_or_default();
+        if let Some((_, scale)) = scales.iter().find(|(start, _)| last.starts_with(start.as_str())) {
+            *tensor = (&*tensor * *scale)?;
+        }
+    }
+    encoder.store().load(&tensors)?;
+    Ok(encoder)
+}
+
+fn images(batch: usize, [height, width]: [usize; 2]) -> Result<Tensor> {
+    values("images", &[batch, height, width, 3], -2.0, 2.0)
+}
+
+fn assert_close(what: &str, distance: f64) {
+    assert!(distance < TOLERANCE, "{what}: relative error {distance:e}");
+}
+
+fn assert_features(what: &str, encoder: &Encoder, golden: &Images) -> Result<()> {
+    let found = encoder.features(&images(golden.batch, golden.size)?, Mode::Eval)?;
+    let what = format!("features of {what}, {:?} pixels, by {:?}", golden.size, encoder.engine());
+    assert_close(&what, fingerprint_distance("features", &found, &golden.features)?);
+    Ok(())
+}
+
+#[test]
+fn names_and_shapes_are_timms() -> Result<()> {
+    for (arch, golden) in golden()?.evaluation {
+        let named = names_and_shapes(arch, None)?;
+        assert_eq!(named.len(), golden.tensors, "{arch}");
+        let text: Vec<String> = named
+            .iter()
+            .map(|(name, shape)| {
+                format!("{name}:{}", shape.iter().map(ToString::to_string).collect::<Vec<_>>().join(","))
+            })
+            .collect();
+        let digest = unit(&text.join(";"), 1).next().context("one number")? * 16_777_216.0;
+        assert_eq!(digest as u64, golden.names_and_shapes, "{arch}");
+    }
+    Ok(())
+}
+
+fn evaluated_like_timm(is_tested: impl Fn(Arch) -> bool, engine: Engine) -> Result<()> {
+    let golden = golden()?;
+    let tested: Vec<_> = golden.evaluation.into_iter().filter(|(arch, _)| is_tested(*arch)).collect();
+    assert!(!tested.is_empty());
+    for (arch, evaluation) in tested {
+        let encoder = encoder(arch, VitOptions::default(), engine, &golden.scales)?;
+        for images in evaluation.images {
+            assert_features(arch.name(), &encoder, &images)?;
+        }
+    }
+    Ok(())
+}
+
+fn is_xcit(arch: Arch) -> bool {
+    arch.name().starts_with("xcit")
+}
+
+#[test]
+fn evaluated_vision_transformers_are_timms() -> Result<()> {
+    evaluated_like_timm(|arch| !is_xcit(arch), Engine::Cpu)
+}
+
+#[test]
+fn evaluated_cross_covariance_transformers_are_timms() -> Result<()> {
+    evaluated_like_timm(is_xcit, Engine::Cpu)
+}
+
+#[test]
+fn evaluated_tiny_transformers_are_timms_by_the_reference() -> Result<()> {
+    evaluated_like_timm(|arch| [Arch::VitTinyPatch16, Arch::XcitTiny12Patch16].contains(&arch), Engine::Reference)
+}
+
+#[test]
+fn positions_can_be_resampled_as_dino_does() -> Result<()> {
+    let golden = golden()?;
+    let options = VitOptions { positions: PositionResampling::Dino, ..VitOptions::default() };
+    for (arch, images) in &golden.dino {
+        for engine in [Engine::Cpu, Engine::Reference] {
+            assert_features(arch.name(), &encoder(*arch, options, engine, &golden.scales)?, images)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn heads_are_an_option() -> Result<()> {
+    let golden = golden()?;
+    let options = VitOptions { heads: Some(12), ..VitOptions::default() };
+    let twelve = encoder(Arch::VitSmallPatch16, options, Engine::Cpu, &golden.scales)?;
+    assert_features("twelve heads", &twelve, &golden.twelve_heads)?;
+    assert_features("a copy with twelve heads", &twelve.momentum_copy()?, &golden.twelve_heads)?;
+    let error = encoder(
+        Arch::VitSmallPatch16,
+        VitOptions { heads: Some(7), ..VitOptions::default() },
+        Engine::Cpu,
+        &golden.scales,
+    )
+    .expect_err("7 does not divide 384");
+    assert!(error.to_string().contains("384 channels cannot be cut into 7 heads"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn images_that_are_no_whole_patches_are_refused() -> Result<()> {
+    let encoder = Encoder::new(Arch::VitTinyPatch16, None, 0)?;
+    let error = encoder.features(&images(1, [32, 40])?, Mode::Eval).expect_err("40 is no multiple of 16");
+    assert!(matches!(error, Error::Shape { .. }));
+    assert!(error.to_string().contains("multiples of 16 pixels"), "{error}");
+    Ok(())
+}
+
+fn trained_like_timm(arch: Arch, engine: Engine) -> Result<()> {
+    let mut all = golden()?;
+    let golden = all.training.remove(&arch).context("no golden training pass")?;
+    let encoder = encoder(arch, VitOptions::default(), engine, &all.scales)?;
+    let features = encoder.features(&images(golden.batch, golden.size)?, Mode::Train { bn_groups: 1 })?;
+    let pass = Pass { mode: Mode::Train { bn_groups: 1 }, record: true, engine };
+    let rows = ops::l2_normalise(&features, &pass)?;
+    let loss = losses::distillation(&rows, &unit_rows("target", golden.batch, arch.feature_width())?)?;
+    let store = encoder.store();
+    let gradients = store.to_file_layout(store.backward(&loss)?.iter())?;
+
+    assert_close("loss", (f64::from(loss.to_scalar::<f32>()?) / golden.loss - 1.0).abs());
+    assert_close("rows", fingerprint_distance("rows", &rows, &golden.rows)?);
+    assert_eq!(gradients.len(), golden.gradients.len() + golden.zero_gradients.len());
+    for (name, numbers) in &golden.gradients {
+        assert_close(name, fingerprint_distance(name, &gradients[name], numbers)?);
+    }
+    for shift in &golden.zero_gradients {
+        // Relative to the gradient of the same layer's weight, which sums up products of the same size.
+        let scale = golden.gradients[&shift.replace("bias", "weight")][0];
+        assert_close(shift, fingerprint(shift, &gradients[shift])?[0] / scale);
+    }
+    let tensors = store.to_tensors()?;
+    for (name, numbers) in &golden.buffers {
+        assert_close(name, fingerprint_distance(name, &tensors[name], numbers)?);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_training_pass_of_a_vision_transformer_is_timms() -> Result<()> {
+    trained_like_timm(Arch::VitTinyPatch16, Engine::Cpu)?;
+    trained_like_timm(Arch::VitTinyPatch16, Engine::Reference)
+}
+
+#[test]
+fn a_training_pass_of_a_cross_covariance_transformer_is_timms() -> Result<()> {
+    trained_like_timm(Arch::XcitTiny12Patch16, Engine::Cpu)?;
+    trained_like_timm(Arch::XcitTiny12Patch16, Engine::Reference)
+}
