@@ -1,14 +1,19 @@
 //! What a backbone costs: the multiplications of one image, and the parameters.
 
-use super::{Arch, Backbone};
-use crate::Result;
-use crate::ops::{Activation, Builder, ConvBn, Interpreter, Linear, Shape, SqueezeExcite};
 use candle_core::Device;
+
+use super::{Arch, Backbone, VitOptions};
+use crate::Result;
+use crate::ops::{
+    Activation, BiasedConv, Builder, Conv2d, ConvBn, FOURIER_CHANNELS, Interpreter, LayerNorm, Linear,
+    LocalPatchInteraction, Parameter, PatchEmbedding, Shape, SqueezeExcite,
+};
 
 /// What one image costs a backbone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cost {
-    /// Multiply-accumulate operations of convolutions and linear layers; shifts, norms, activations and pools are left out.
+    /// Multiply-accumulate operations of convolutions, linear layers and the products of attention; shifts, norms, activations and pools
+    /// are left out.
     pub multiply_accumulates: u64,
     /// Trainable values.
     pub parameters: u64,
@@ -32,7 +37,7 @@ pub struct Cost {
 /// ```
 pub fn cost(arch: Arch, [height, width]: [usize; 2]) -> Result<Cost> {
     let mut builder = Builder::new(&Device::Cpu);
-    let backbone = Backbone::new(&mut builder, arch)?;
+    let backbone = Backbone::new(&mut builder, arch, VitOptions::default())?;
     let parameters = builder.finish_zeroed().num_parameters() as u64;
     let mut counter = Counter::default();
     backbone.forward(&mut counter, &Shape::Image { channels: 3, height, width })?;
@@ -45,17 +50,28 @@ struct Counter {
     multiply_accumulates: u64,
 }
 
+impl Counter {
+    fn add(&mut self, multiply_accumulates: usize) {
+        self.multiply_accumulates += multiply_accumulates as u64;
+    }
+
+    fn convolution(&mut self, xs: Shape, params: &Conv2d) -> Result<Shape> {
+        let geometry = params.geometry;
+        let ys = xs.convolved(&geometry)?;
+        self.add(ys.channels() * ys.positions() * geometry.channels_per_group() * geometry.kernel * geometry.kernel);
+        Ok(ys)
+    }
+
+    fn biased(&mut self, xs: Shape, params: &BiasedConv) -> Result<Shape> {
+        self.convolution(xs, &params.conv)
+    }
+}
+
 impl Interpreter for Counter {
     type Value = Shape;
 
     fn conv_bn(&mut self, xs: &Shape, params: &ConvBn, _: Option<&Shape>, _: Activation) -> Result<Shape> {
-        let geometry = params.conv.geometry;
-        let ys = xs.convolved(&geometry)?;
-        if let Shape::Image { channels, height, width } = ys {
-            let taps = geometry.channels_per_group() * geometry.kernel * geometry.kernel;
-            self.multiply_accumulates += (channels * height * width * taps) as u64;
-        }
-        Ok(ys)
+        self.convolution(*xs, &params.conv)
     }
 
     fn max_pool(&mut self, xs: &Shape) -> Result<Shape> {
@@ -67,7 +83,7 @@ impl Interpreter for Counter {
     }
 
     fn linear(&mut self, xs: &Shape, params: &Linear, _: Activation) -> Result<Shape> {
-        self.multiply_accumulates += params.weight.var().elem_count() as u64;
+        self.add(xs.positions() * params.weight.var().elem_count());
         xs.mapped(params)
     }
 
@@ -75,6 +91,61 @@ impl Interpreter for Counter {
         let means = self.global_average_pool(xs)?;
         let few = self.linear(&means, &params.reduce, params.act)?;
         self.linear(&few, &params.expand, Activation::Identity)?;
+        Ok(*xs)
+    }
+
+    fn embed_patches(&mut self, xs: &Shape, params: &PatchEmbedding) -> Result<Shape> {
+        xs.patches(params)?;
+        Ok(self.biased(*xs, &params.projection)?.with_first_token())
+    }
+
+    fn add_fourier_positions(&mut self, xs: &Shape, params: &Linear) -> Result<Shape> {
+        let positions = self.linear(&xs.with_channels(FOURIER_CHANNELS), params, Activation::Identity)?;
+        self.add_branch(xs, &positions, None)
+    }
+
+    fn layer_norm(&mut self, xs: &Shape, _: &LayerNorm) -> Result<Shape> {
+        Ok(*xs)
+    }
+
+    /// Queries with keys, weights with values.
+    fn attention(&mut self, qkv: &Shape, heads: usize) -> Result<Shape> {
+        let ys = qkv.attended(heads)?;
+        self.add(2 * ys.positions() * ys.positions() * ys.channels());
+        Ok(ys)
+    }
+
+    fn cross_covariance_attention(&mut self, qkv: &Shape, temperature: &Parameter) -> Result<Shape> {
+        let heads = temperature.var().elem_count();
+        let ys = qkv.attended(heads)?;
+        self.add(2 * ys.positions() * ys.channels() * (ys.channels() / heads));
+        Ok(ys)
+    }
+
+    fn class_attention(&mut self, query: &Shape, keys: &Shape, _: &Shape, _: usize) -> Result<Shape> {
+        self.add(2 * keys.positions() * keys.channels());
+        Ok(*query)
+    }
+
+    fn local_patch_interaction(&mut self, xs: &Shape, params: &LocalPatchInteraction) -> Result<Shape> {
+        let xs = self.biased(*xs, &params.conv1)?;
+        self.biased(xs, &params.conv2)
+    }
+
+    fn prepend_token(&mut self, xs: &Shape, _: &Parameter) -> Result<Shape> {
+        Ok(xs.with_first_token())
+    }
+
+    fn first_token(&mut self, xs: &Shape) -> Result<Shape> {
+        Ok(Shape::Row { channels: xs.channels() })
+    }
+
+    fn replace_first_token(&mut self, xs: &Shape, _: &Shape) -> Result<Shape> {
+        Ok(*xs)
+    }
+
+    fn add_branch(&mut self, xs: &Shape, branch: &Shape, _: Option<&Parameter>) -> Result<Shape> {
+        branch.expect("add_branch", *xs)?;
         Ok(*xs)
     }
 }

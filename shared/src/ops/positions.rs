@@ -26,7 +26,7 @@ pub const FOURIER_CHANNELS: usize = 2 * WAVES;
 ///
 /// # Source
 /// timm 1.0.31, `resample_abs_pos_embed`; facebookresearch/dino, `VisionTransformer.interpolate_pos_encoding`.
-pub(super) fn resampled(positions: &Positions, [height, width]: [usize; 2], record: bool) -> Result<Tensor> {
+pub(crate) fn resampled(positions: &Positions, [height, width]: [usize; 2], record: bool) -> Result<Tensor> {
     let Positions { table, side, resampling } = positions;
     let table = table.value(record).squeeze(0)?;
     if height == *side && width == *side {
@@ -115,7 +115,7 @@ fn cubic(x: f64, bend: f64) -> f64 {
 ///
 /// # Source
 /// El-Nouby et al., `XCiT`, arXiv 2106.09681; timm's `PositionalEncodingFourier`.
-pub(super) fn fourier([height, width]: [usize; 2], dtype: DType, device: &Device) -> Result<Tensor> {
+pub(crate) fn fourier([height, width]: [usize; 2], dtype: DType, device: &Device) -> Result<Tensor> {
     let waves = |index: usize, side: usize| {
         let angle = (index + 1) as f64 / (side as f64 + SIDE_EPS) * std::f64::consts::TAU;
         (0..WAVES).map(move |wave| {

@@ -150,6 +150,18 @@ fn unfinished_runs_are_refused() -> Result<()> {
 }
 
 #[test]
+fn sizes_that_patches_do_not_divide_are_refused() -> Result<()> {
+    let workspace = finished(&["--student=vit_tiny_patch16_224"])?;
+    let error = export(&workspace, "run", "student", "--format onnx --size 100").map(|_| ()).unwrap_err();
+    assert_eq!(error.exit_status(), 2);
+    let message = error.to_string();
+    assert!(message.contains("100 x 100") && message.contains("multiples of 16") && message.lines().count() == 1);
+    assert!(!workspace.path("student").exists());
+    export(&workspace, "run", "student", "--format onnx --size 96")?;
+    Ok(())
+}
+
+#[test]
 fn options_that_do_not_go_together_are_refused() -> Result<()> {
     let workspace = finished(&["--student=mobilenetv3_large_100"])?;
     let cases = [
