@@ -1,7 +1,7 @@
 """What the backbones cost by PyTorch's own count: multiply-accumulate operations of one image, and trainable values.
 
 `FlopCounterMode` sees every convolution and matrix product that runs, and counts two operations for each multiply-accumulate. The models are
-those of models.py. Run: python tests/golden/costs.py > tests/golden/costs.json
+those of models.py and transformers.py. Run: python tests/golden/costs.py > tests/golden/costs.json
 """
 
 import json
@@ -13,6 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import OTHERS, RESNETS, SIDES, features, with_head
+from transformers import VITS, XCITS, create
+
+# Patches of 8 and of 16 pixels divide these.
+TRANSFORMER_SIDES = [224, 80]
 
 
 def multiply_accumulates(model, side):
@@ -25,14 +29,19 @@ def multiply_accumulates(model, side):
     return operations // 2
 
 
+def cost(model, sides):
+    return {
+        "parameters": sum(x.numel() for key, x in model.named_parameters() if not key.startswith("fc.")),
+        "multiply_accumulates": {side: multiply_accumulates(model, side) for side in sides},
+    }
+
+
 def main():
-    costs = {}
-    for name in RESNETS + OTHERS:
-        model = with_head(name).eval()
-        costs[name] = {
-            "parameters": sum(x.numel() for key, x in model.named_parameters() if not key.startswith("fc.")),
-            "multiply_accumulates": {side: multiply_accumulates(model, side) for side in SIDES},
-        }
+    costs = {name: cost(with_head(name).eval(), SIDES) for name in RESNETS + OTHERS}
+    for name in VITS[16] + VITS[8]:
+        costs[name] = cost(create(name, dynamic_img_size=True).eval(), TRANSFORMER_SIDES)
+    for name in XCITS:
+        costs[name] = cost(create(name).eval(), TRANSFORMER_SIDES)
     versions = {module.__name__: module.__version__ for module in [torch, torchvision, timm]}
     print(json.dumps({"versions": versions, "costs": costs}, indent=1))
 

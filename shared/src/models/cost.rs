@@ -5,8 +5,8 @@ use candle_core::Device;
 use super::{Arch, Backbone, VitOptions};
 use crate::Result;
 use crate::ops::{
-    Activation, Builder, Conv2d, ConvBn, FOURIER_CHANNELS, Interpreter, LayerNorm, Linear, LocalPatchInteraction,
-    Parameter, PatchEmbedding, Shape, SqueezeExcite,
+    Activation, BiasedConv, Builder, Conv2d, ConvBn, FOURIER_CHANNELS, Interpreter, LayerNorm, Linear,
+    LocalPatchInteraction, Parameter, PatchEmbedding, Shape, SqueezeExcite,
 };
 
 /// What one image costs a backbone.
@@ -51,13 +51,19 @@ struct Counter {
 }
 
 impl Counter {
-    fn convolution(&mut self, xs: &Shape, params: &Conv2d) -> Result<Shape> {
+    fn add(&mut self, multiply_accumulates: usize) {
+        self.multiply_accumulates += multiply_accumulates as u64;
+    }
+
+    fn convolution(&mut self, xs: Shape, params: &Conv2d) -> Result<Shape> {
         let geometry = params.geometry;
         let ys = xs.convolved(&geometry)?;
-        let (pixels, channels) = ys.rows();
-        let taps = geometry.channels_per_group() * geometry.kernel * geometry.kernel;
-        self.multiply_accumulates += (channels * pixels * taps) as u64;
+        self.add(ys.channels() * ys.positions() * geometry.channels_per_group() * geometry.kernel * geometry.kernel);
         Ok(ys)
+    }
+
+    fn biased(&mut self, xs: Shape, params: &BiasedConv) -> Result<Shape> {
+        self.convolution(xs, &params.conv)
     }
 }
 
@@ -65,7 +71,7 @@ impl Interpreter for Counter {
     type Value = Shape;
 
     fn conv_bn(&mut self, xs: &Shape, params: &ConvBn, _: Option<&Shape>, _: Activation) -> Result<Shape> {
-        self.convolution(xs, &params.conv)
+        self.convolution(*xs, &params.conv)
     }
 
     fn max_pool(&mut self, xs: &Shape) -> Result<Shape> {
@@ -77,7 +83,7 @@ impl Interpreter for Counter {
     }
 
     fn linear(&mut self, xs: &Shape, params: &Linear, _: Activation) -> Result<Shape> {
-        self.multiply_accumulates += (xs.rows().0 * params.weight.var().elem_count()) as u64;
+        self.add(xs.positions() * params.weight.var().elem_count());
         xs.mapped(params)
     }
 
@@ -89,59 +95,57 @@ impl Interpreter for Counter {
     }
 
     fn embed_patches(&mut self, xs: &Shape, params: &PatchEmbedding) -> Result<Shape> {
-        self.convolution(xs, &params.projection.conv)?;
-        xs.embedded(params)
+        xs.patches(params)?;
+        Ok(self.biased(*xs, &params.projection)?.with_first_token())
     }
 
     fn add_fourier_positions(&mut self, xs: &Shape, params: &Linear) -> Result<Shape> {
-        let waves = xs.with_width(FOURIER_CHANNELS);
-        self.linear(&waves, params, Activation::Identity)
+        let positions = self.linear(&xs.with_channels(FOURIER_CHANNELS), params, Activation::Identity)?;
+        self.add_branch(xs, &positions, None)
     }
 
     fn layer_norm(&mut self, xs: &Shape, _: &LayerNorm) -> Result<Shape> {
         Ok(*xs)
     }
 
-    /// Similarities of all pairs of tokens, and sums of all tokens for each.
-    fn attention(&mut self, qkv: &Shape, _: usize) -> Result<Shape> {
-        let (tokens, width) = qkv.rows();
-        self.multiply_accumulates += (2 * tokens * tokens * (width / 3)) as u64;
-        Ok(qkv.with_width(width / 3))
+    /// Queries with keys, weights with values.
+    fn attention(&mut self, qkv: &Shape, heads: usize) -> Result<Shape> {
+        let ys = qkv.attended(heads)?;
+        self.add(2 * ys.positions() * ys.positions() * ys.channels());
+        Ok(ys)
     }
 
-    /// Similarities of all pairs of channels of a head, and sums of all its channels for each.
     fn cross_covariance_attention(&mut self, qkv: &Shape, temperature: &Parameter) -> Result<Shape> {
-        let (tokens, width) = qkv.rows();
-        let head = width / 3 / temperature.var().elem_count();
-        self.multiply_accumulates += (2 * tokens * head * (width / 3)) as u64;
-        Ok(qkv.with_width(width / 3))
+        let heads = temperature.var().elem_count();
+        let ys = qkv.attended(heads)?;
+        self.add(2 * ys.positions() * ys.channels() * (ys.channels() / heads));
+        Ok(ys)
     }
 
     fn class_attention(&mut self, query: &Shape, keys: &Shape, _: &Shape, _: usize) -> Result<Shape> {
-        let (tokens, width) = keys.rows();
-        self.multiply_accumulates += (2 * tokens * width) as u64;
+        self.add(2 * keys.positions() * keys.channels());
         Ok(*query)
     }
 
     fn local_patch_interaction(&mut self, xs: &Shape, params: &LocalPatchInteraction) -> Result<Shape> {
-        let xs = self.convolution(xs, &params.conv1.conv)?;
-        self.convolution(&xs, &params.conv2.conv)
+        let xs = self.biased(*xs, &params.conv1)?;
+        self.biased(xs, &params.conv2)
     }
 
     fn prepend_token(&mut self, xs: &Shape, _: &Parameter) -> Result<Shape> {
-        let (tokens, width) = xs.rows();
-        Ok(Shape::Tokens { count: 1 + tokens, width })
+        Ok(xs.with_first_token())
     }
 
     fn first_token(&mut self, xs: &Shape) -> Result<Shape> {
-        Ok(Shape::Row { width: xs.rows().1 })
+        Ok(Shape::Row { channels: xs.channels() })
     }
 
     fn replace_first_token(&mut self, xs: &Shape, _: &Shape) -> Result<Shape> {
         Ok(*xs)
     }
 
-    fn add_branch(&mut self, xs: &Shape, _: &Shape, _: Option<&Parameter>) -> Result<Shape> {
+    fn add_branch(&mut self, xs: &Shape, branch: &Shape, _: Option<&Parameter>) -> Result<Shape> {
+        branch.expect("add_branch", *xs)?;
         Ok(*xs)
     }
 }

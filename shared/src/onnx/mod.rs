@@ -2,11 +2,13 @@
 //!
 //! The input is `images`, `(B, 3, H, W)` f32: RGB, normalised, the batch of any size, height and width fixed. The first output is
 //! `features`, `(B, F)`. An encoder with a projection head has a second one, `embeddings`, `(B, D)`, rows of unit length.
-//! Constants bear the names of timm's tensors. Batch norms stay operators of their own; runtimes join them with the convolutions.
+//! Constants bear the names of timm's tensors; the learned positions of a vision transformer are those of the graph's size. Batch norms
+//! stay operators of their own; runtimes join them with the convolutions.
 //!
 //! Source: the ONNX specification, <https://onnx.ai/onnx/repo-docs/IR.html>, operator set 17.
 
-mod graph;
+mod builder;
+mod interpreter;
 pub mod proto;
 mod tokens;
 
@@ -14,7 +16,7 @@ use std::collections::BTreeMap;
 
 use prost::Message as _;
 
-use self::graph::{Edge, GraphBuilder};
+use self::builder::{Edge, GraphBuilder, Layout};
 use self::proto::{
     DataType, Dimension, DimensionProto, GraphProto, ModelProto, OperatorSetIdProto, StringStringEntryProto,
     TensorShapeProto, TensorTypeProto, TypeProto, ValueInfoProto,
@@ -49,12 +51,14 @@ pub fn encode(
 ) -> Result<Vec<u8>> {
     let tensors = encoder.store().to_tensors()?;
     let mut graph = GraphBuilder::new(&tensors);
-    let images = Edge::image(IMAGES, Shape::Image { channels: 3, height, width });
+    let shape = Shape::Image { channels: 3, height, width };
+    let images = Edge { name: IMAGES.into(), shape, layout: Layout::ChannelsFirst };
     let pooled = encoder.interpret(&mut graph, &images)?;
     let mut outputs = vec![graph.output(&pooled, FEATURES)];
     if encoder.head().is_some() {
         let projected = encoder.interpret_head(&mut graph, &outputs[0])?;
-        outputs.push(graph.l2_normalise(&projected, EMBEDDINGS));
+        let name = graph.l2_normalise(&projected.name, EMBEDDINGS);
+        outputs.push(Edge { name, ..projected });
     }
     let model = ModelProto {
         ir_version: Some(IR_VERSION),
@@ -80,8 +84,8 @@ pub fn encode(
 fn value_info(edge: &Edge) -> ValueInfoProto {
     let sizes = match edge.shape {
         Shape::Image { channels, height, width } => vec![channels, height, width],
-        Shape::Tokens { count, width } => vec![count, width],
-        Shape::Row { width } => vec![width],
+        Shape::Tokens { count, channels } => vec![count, channels],
+        Shape::Row { channels } => vec![channels],
     };
     let sizes = sizes.into_iter().map(|size| Dimension::DimValue(size as i64));
     let dim = std::iter::once(Dimension::DimParam("batch".into()))

@@ -46,6 +46,7 @@ pub use parameter::{
     Parameter, ProjectionHead, SqueezeExcite, Stem, WeightLayout,
 };
 pub use positions::FOURIER_CHANNELS;
+pub(crate) use positions::{fourier as fourier_positions, resampled as resampled_positions};
 pub use shape::Shape;
 pub(crate) use store::TOKEN_STD;
 pub use store::{Builder, Gradients, ParameterStore};

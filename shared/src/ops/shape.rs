@@ -6,7 +6,7 @@ use crate::{Error, Result};
 /// The shape of one sample of a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Shape {
-    /// An image of features.
+    /// An image of features, or a grid of tokens.
     Image {
         /// `C`.
         channels: usize,
@@ -15,21 +15,47 @@ pub enum Shape {
         /// `W`, in pixels.
         width: usize,
     },
-    /// Tokens whose places on a grid no longer matter; before that they are the pixels of an image.
+    /// Tokens without places.
     Tokens {
         /// `N`.
         count: usize,
         /// `C`.
-        width: usize,
+        channels: usize,
     },
     /// A row of features.
     Row {
         /// `F`.
-        width: usize,
+        channels: usize,
     },
 }
 
 impl Shape {
+    /// Numbers of a pixel, a token or the row.
+    pub fn channels(self) -> usize {
+        match self {
+            Self::Image { channels, .. } | Self::Tokens { channels, .. } | Self::Row { channels } => channels,
+        }
+    }
+
+    /// The same shape of other channels.
+    #[must_use]
+    pub fn with_channels(self, channels: usize) -> Self {
+        match self {
+            Self::Image { height, width, .. } => Self::Image { channels, height, width },
+            Self::Tokens { count, .. } => Self::Tokens { count, channels },
+            Self::Row { .. } => Self::Row { channels },
+        }
+    }
+
+    /// Pixels or tokens; a row is one.
+    pub fn positions(self) -> usize {
+        match self {
+            Self::Image { height, width, .. } => height * width,
+            Self::Tokens { count, .. } => count,
+            Self::Row { .. } => 1,
+        }
+    }
+
     /// Behind a convolution.
     ///
     /// # Errors
@@ -68,71 +94,79 @@ impl Shape {
     /// [`Error::Shape`] for no image.
     pub fn averaged(self) -> Result<Self> {
         match self {
-            Self::Image { channels, .. } => Ok(Self::Row { width: channels }),
+            Self::Image { channels, .. } => Ok(Self::Row { channels }),
             _ => Err(self.error("global_average_pool", "(H, W, C)")),
         }
     }
 
-    /// Behind an affine map of rows, of each token, or of each pixel.
+    /// Behind an affine map of each pixel or token.
     ///
     /// # Errors
-    /// [`Error::Shape`] for another width.
+    /// [`Error::Shape`] for other channels.
     pub fn mapped(self, params: &Linear) -> Result<Self> {
         let (inputs, outputs) = params.weight.var().dims2()?;
-        self.expect_width("linear", inputs)?;
-        Ok(self.with_width(outputs))
+        if self.channels() == inputs {
+            return Ok(self.with_channels(outputs));
+        }
+        Err(self.error("linear", format!("(.., {inputs})")))
     }
 
-    /// Behind an embedding of patches and a class token.
+    /// The grid of an image's patches.
     ///
     /// # Errors
-    /// [`Error::Shape`] for no image, or one that cannot be cut into whole patches.
-    pub fn embedded(self, params: &PatchEmbedding) -> Result<Self> {
-        let patch = params.projection.conv.geometry.kernel;
-        match (self, self.convolved(&params.projection.conv.geometry)) {
-            (Self::Image { height, width, .. }, Ok(Self::Image { channels, height: rows, width: columns }))
-                if height.is_multiple_of(patch) && width.is_multiple_of(patch) =>
-            {
-                Ok(Self::Tokens { count: 1 + rows * columns, width: channels })
+    /// [`Error::Shape`] for no image, other channels, or a side that is no multiple of a patch's.
+    pub fn patches(self, params: &PatchEmbedding) -> Result<Self> {
+        let geometry = params.projection.conv.geometry;
+        let patch = geometry.kernel;
+        match self {
+            Self::Image { height, width, .. } if height.is_multiple_of(patch) && width.is_multiple_of(patch) => {
+                self.convolved(&geometry)
             }
-            _ => Err(self.error("embed_patches", format!("(H, W, 3) with H and W multiples of {patch} pixels"))),
+            _ => {
+                let expected = format!("(H, W, {}) with H and W multiples of {patch} pixels", geometry.in_channels);
+                Err(self.error("embed_patches", expected))
+            }
         }
     }
 
-    /// Rows, tokens or pixels: how many, and their width.
-    pub fn rows(self) -> (usize, usize) {
-        match self {
-            Self::Image { channels, height, width } => (height * width, channels),
-            Self::Tokens { count, width } => (count, width),
-            Self::Row { width } => (1, width),
-        }
-    }
-
-    /// The same with rows, tokens or pixels of another width.
-    #[must_use]
-    pub fn with_width(self, new: usize) -> Self {
-        match self {
-            Self::Image { height, width, .. } => Self::Image { channels: new, height, width },
-            Self::Tokens { count, .. } => Self::Tokens { count, width: new },
-            Self::Row { .. } => Self::Row { width: new },
-        }
-    }
-
-    /// Checks the width of rows, tokens or pixels.
+    /// Behind attention, which makes one of queries, keys and values.
     ///
     /// # Errors
-    /// [`Error::Shape`] for another one.
-    pub fn expect_width(self, op: &'static str, expected: usize) -> Result<()> {
-        if self.rows().1 == expected { Ok(()) } else { Err(self.error(op, format!("(.., {expected})"))) }
+    /// [`Error::Shape`] for a row, or when three times `heads` does not divide the channels.
+    pub fn attended(self, heads: usize) -> Result<Self> {
+        let channels = self.channels();
+        if matches!(self, Self::Row { .. }) || heads == 0 || !channels.is_multiple_of(3 * heads) {
+            return Err(self.error("attention", format!("(N, C) with C a multiple of {}", 3 * heads)));
+        }
+        Ok(self.with_channels(channels / 3))
+    }
+
+    /// With one more token, the places of the others forgotten.
+    #[must_use]
+    pub fn with_first_token(self) -> Self {
+        Self::Tokens { count: 1 + self.positions(), channels: self.channels() }
+    }
+
+    /// Checks that two are equal.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] about `self`.
+    pub fn expect(self, op: &'static str, expected: Self) -> Result<()> {
+        if self == expected { Ok(()) } else { Err(self.error(op, expected.to_string())) }
     }
 
     /// An [`Error::Shape`] about this one.
     pub fn error(self, op: &'static str, expected: impl Into<String>) -> Error {
-        let got = match self {
-            Self::Image { channels, height, width } => format!("({height}, {width}, {channels})"),
-            Self::Tokens { count, width } => format!("({count}, {width})"),
-            Self::Row { width } => format!("({width})"),
-        };
-        Error::Shape { op, expected: expected.into(), got }
+        Error::Shape { op, expected: expected.into(), got: self.to_string() }
+    }
+}
+
+impl std::fmt::Display for Shape {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Image { channels, height, width } => write!(f, "({height}, {width}, {channels})"),
+            Self::Tokens { count, channels } => write!(f, "({count}, {channels})"),
+            Self::Row { channels } => write!(f, "({channels})"),
+        }
     }
 }

@@ -148,7 +148,13 @@ fn onnx_contents(run: &Run, args: &ExportArgs) -> Result<Vec<u8>> {
         Output: {outputs}. {}.",
         entries.join(", ")
     );
-    onnx::encode(&encoder, size, &metadata, &text)
+    onnx::encode(&encoder, size, &metadata, &text).map_err(|error| match error {
+        Error::Shape { expected, got, .. } => Error::usage(format!(
+            "{} takes no images of {} x {} pixels: expected shape {expected}, got {got}; choose another `--size`",
+            details.arch, size[0], size[1]
+        )),
+        other => other,
+    })
 }
 
 /// The path of a run's file whose contents are those that were recorded.

@@ -22,7 +22,7 @@ fn export(workspace: &Workspace, run: &str, file: &str, more: &str) -> Result<Ex
     let args = Args::try_parse_from(words).map_err(|e| Error::usage(e.to_string()))?;
     match student_train::run(&args)? {
         Summary::Exported(exported) => Ok(exported),
-        Summary::Trained(_) | Summary::Imported(_) => Err(Error::usage("not an export")),
+        _ => Err(Error::usage("not an export")),
     }
 }
 
@@ -146,6 +146,18 @@ fn unfinished_runs_are_refused() -> Result<()> {
         assert_eq!(error.to_string().lines().count(), 1, "{error}");
         assert!(!workspace.path("student").exists());
     }
+    Ok(())
+}
+
+#[test]
+fn sizes_that_patches_do_not_divide_are_refused() -> Result<()> {
+    let workspace = finished(&["--student=vit_tiny_patch16_224"])?;
+    let error = export(&workspace, "run", "student", "--format onnx --size 100").map(|_| ()).unwrap_err();
+    assert_eq!(error.exit_status(), 2);
+    let message = error.to_string();
+    assert!(message.contains("100 x 100") && message.contains("multiples of 16") && message.lines().count() == 1);
+    assert!(!workspace.path("student").exists());
+    export(&workspace, "run", "student", "--format onnx --size 96")?;
     Ok(())
 }
 
