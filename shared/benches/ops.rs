@@ -1,4 +1,5 @@
-//! Times of the CPU engine: every operator at the sizes of `ResNet`-18, `ResNet`-50 and `EfficientNet`-B0, and whole networks.
+//! Times of the CPU engine: every operator at the sizes of `ResNet`-18, `ResNet`-50, `EfficientNet`-B0, `ViT`-Tiny and `XCiT`-Tiny, and
+//! whole networks.
 //!
 //! The pool has as many threads as the machine has cores unless `RAYON_NUM_THREADS` says otherwise. Names carry the sizes.
 
@@ -6,8 +7,9 @@ use candle_core::{DType, Device, Tensor, Var};
 use criterion::{Criterion, criterion_group, criterion_main};
 use shared::models::{Arch, Encoder};
 use shared::ops::{
-    self, Activation, BasicBlock, Bottleneck, Builder, Engine, Gate, Geometry, MbConv, Mode, ParameterStore, Pass,
-    ProjectionHead, SqueezeExcite, Stem,
+    self, Activation, Attention, AttentionBlock, BasicBlock, Bottleneck, Builder, ClassAttentionBlock, Engine, Gate,
+    Geometry, Init, LocalBlock, LocalPatchInteraction, MbConv, MlpBlock, Mode, Padding, Parameter, ParameterStore,
+    Pass, PatchEmbedding, PositionResampling, Positions, ProjectionHead, SqueezeExcite, Stem, WeightLayout,
 };
 use shared::{Result, losses};
 
@@ -140,6 +142,118 @@ fn inverted_residual_blocks(criterion: &mut Criterion) -> Result<()> {
     Ok(())
 }
 
+fn ones(builder: &mut Builder, name: &str, shape: &[usize]) -> Result<Parameter> {
+    builder.add(name.into(), shape, WeightLayout::Plain, Init::Constant(1.0), true)
+}
+
+fn attention_block(builder: &mut Builder, channels: usize, cross_covariance: Option<usize>) -> Result<AttentionBlock> {
+    Ok(AttentionBlock {
+        norm: builder.layer_norm("norm", channels)?,
+        qkv: builder.token_linear("qkv", channels, 3 * channels)?,
+        attention: match cross_covariance {
+            Some(heads) => Attention::CrossCovariance { temperature: ones(builder, "temperature", &[heads, 1, 1])? },
+            None => Attention::Tokens { heads: channels / 64 },
+        },
+        projection: builder.token_linear("projection", channels, channels)?,
+        layer_scale: cross_covariance.map(|_| ones(builder, "gamma", &[channels])).transpose()?,
+    })
+}
+
+fn blocks_of_transformers(criterion: &mut Criterion) -> Result<()> {
+    const CHANNELS: usize = 192;
+    let (row, grid) = ([BATCH, 197, CHANNELS], [BATCH, 14, 14, CHANNELS]);
+
+    let mut builder = Builder::new(&Device::Cpu);
+    let geometry = Geometry::same(3, CHANNELS, 16, 16).with_padding(Padding::Symmetric(0));
+    let embedding = PatchEmbedding {
+        projection: builder.biased_conv("projection", geometry)?,
+        class_token: ones(&mut builder, "class", &[1, 1, CHANNELS])?,
+        positions: Positions {
+            table: ones(&mut builder, "table", &[1, 197, CHANNELS])?,
+            side: 14,
+            resampling: PositionResampling::Timm,
+        },
+    };
+    let store = builder.finish(0)?;
+    operator(criterion, "embed_patches 192", &[BATCH, 224, 224, 3], &store, |xs, pass| {
+        ops::embed_patches(xs, &embedding, pass)
+    })?;
+
+    let mut builder = Builder::new(&Device::Cpu);
+    let norm = builder.layer_norm("norm", CHANNELS)?;
+    let store = builder.finish(0)?;
+    operator(criterion, "layer_norm 192", &row, &store, |xs, pass| ops::layer_norm(xs, &norm, pass))?;
+
+    let mut builder = Builder::new(&Device::Cpu);
+    let linear = builder.token_linear("fc", CHANNELS, 4 * CHANNELS)?;
+    let store = builder.finish(0)?;
+    operator(criterion, "linear 192->768 Gelu", &row, &store, |xs, pass| {
+        ops::linear(xs, &linear, Activation::Gelu, pass)
+    })?;
+
+    let empty = Builder::new(&Device::Cpu).finish(0)?;
+    let qkv = [BATCH, 197, 3 * CHANNELS];
+    operator(criterion, "attention, 3 heads", &qkv, &empty, |xs, pass| ops::attention(xs, 3, pass))?;
+
+    let mut builder = Builder::new(&Device::Cpu);
+    let temperature = ones(&mut builder, "temperature", &[4, 1, 1])?;
+    let store = builder.finish(0)?;
+    operator(criterion, "cross_covariance_attention, 4 heads", &[BATCH, 196, 3 * CHANNELS], &store, |xs, pass| {
+        ops::cross_covariance_attention(xs, &temperature, pass)
+    })?;
+
+    for (name, shape, heads) in
+        [("attention_block 192", row.as_slice(), None), ("attention_block 192 between channels", &grid, Some(4))]
+    {
+        let mut builder = Builder::new(&Device::Cpu);
+        let block = attention_block(&mut builder, CHANNELS, heads)?;
+        let store = builder.finish(0)?;
+        operator(criterion, name, shape, &store, |xs, pass| ops::attention_block(xs, &block, pass))?;
+    }
+
+    let mut builder = Builder::new(&Device::Cpu);
+    let block = MlpBlock {
+        norm: builder.layer_norm("norm", CHANNELS)?,
+        hidden: builder.token_linear("hidden", CHANNELS, 4 * CHANNELS)?,
+        output: builder.token_linear("output", 4 * CHANNELS, CHANNELS)?,
+        layer_scale: None,
+    };
+    let store = builder.finish(0)?;
+    operator(criterion, "mlp_block 192-768-192", &row, &store, |xs, pass| ops::mlp_block(xs, &block, pass))?;
+
+    let mut builder = Builder::new(&Device::Cpu);
+    let block = LocalBlock {
+        norm: builder.layer_norm("norm", CHANNELS)?,
+        interaction: LocalPatchInteraction {
+            conv1: builder.biased_conv("conv1", Geometry::depthwise(CHANNELS, 3, 1))?,
+            norm: builder.batch_norm("bn", CHANNELS)?,
+            conv2: builder.biased_conv("conv2", Geometry::depthwise(CHANNELS, 3, 1))?,
+        },
+        layer_scale: ones(&mut builder, "gamma", &[CHANNELS])?,
+    };
+    let store = builder.finish(0)?;
+    operator(criterion, "local_block 192", &grid, &store, |xs, pass| ops::local_block(xs, &block, pass))?;
+
+    let mut builder = Builder::new(&Device::Cpu);
+    let block = ClassAttentionBlock {
+        norm1: builder.layer_norm("norm1", CHANNELS)?,
+        query: builder.token_linear("query", CHANNELS, CHANNELS)?,
+        key: builder.token_linear("key", CHANNELS, CHANNELS)?,
+        value: builder.token_linear("value", CHANNELS, CHANNELS)?,
+        projection: builder.token_linear("projection", CHANNELS, CHANNELS)?,
+        heads: 4,
+        layer_scale1: ones(&mut builder, "gamma1", &[CHANNELS])?,
+        norm2: builder.layer_norm("norm2", CHANNELS)?,
+        hidden: builder.token_linear("hidden", CHANNELS, 4 * CHANNELS)?,
+        output: builder.token_linear("output", 4 * CHANNELS, CHANNELS)?,
+        layer_scale2: ones(&mut builder, "gamma2", &[CHANNELS])?,
+    };
+    let store = builder.finish(0)?;
+    operator(criterion, "class_attention_block 192", &row, &store, |xs, pass| {
+        ops::class_attention_block(xs, &block, pass)
+    })
+}
+
 fn pools_and_rows(criterion: &mut Criterion) -> Result<()> {
     let empty = Builder::new(&Device::Cpu).finish(0)?;
     operator(criterion, "max_pool", &[BATCH, 112, 112, 64], &empty, ops::max_pool)?;
@@ -176,7 +290,8 @@ fn contrast_and_updates(criterion: &mut Criterion) -> Result<()> {
 }
 
 fn networks(criterion: &mut Criterion) -> Result<()> {
-    for arch in [Arch::ResNet18, Arch::EfficientNetB0, Arch::MobileNetV3Large] {
+    let convolutional = [Arch::ResNet18, Arch::EfficientNetB0, Arch::MobileNetV3Large];
+    for arch in convolutional.into_iter().chain([Arch::VitTinyPatch16, Arch::XcitTiny12Patch16]) {
         let encoder = Encoder::new(arch, None, 0)?;
         for side in [64, 224] {
             let xs = pixels(&[BATCH, side, side, 3])?;
@@ -197,9 +312,15 @@ fn networks(criterion: &mut Criterion) -> Result<()> {
 
 fn all(criterion: &mut Criterion) {
     ops::reserve_memory();
-    for group in
-        [convolutions, residual_blocks, inverted_residual_blocks, pools_and_rows, contrast_and_updates, networks]
-    {
+    for group in [
+        convolutions,
+        residual_blocks,
+        inverted_residual_blocks,
+        blocks_of_transformers,
+        pools_and_rows,
+        contrast_and_updates,
+        networks,
+    ] {
         group(criterion).expect(FITS);
     }
 }

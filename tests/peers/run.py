@@ -32,6 +32,10 @@ ROWS = {
     "resnet18-train": "ResNet-18, forward + backward",
     "resnet50-eval": "ResNet-50, inference",
     "efficientnet_b0-eval": "EfficientNet-B0, inference",
+    "vit_tiny_patch16_224-train": "ViT-Tiny, forward + backward",
+    "vit_tiny_patch16_224-eval": "ViT-Tiny, inference",
+    "xcit_tiny_12_p16_224-train": "XCiT-Tiny-12, forward + backward",
+    "xcit_tiny_12_p16_224-eval": "XCiT-Tiny-12, inference",
     "disco-step": "DisCo step, EfficientNet-B0, teacher cached on both sides",
     "disco-live": "DisCo step, EfficientNet-B0, PyTorch runs the ResNet-50 teacher, ours has its cached embeddings",
 }

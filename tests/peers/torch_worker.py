@@ -91,7 +91,8 @@ def fold(model, options):
         if id(inputs[0]) in produced:
             pairs.append((produced[id(inputs[0])][0], norm))
 
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    # XCiT's local patch interaction has an activation before its batch norm, which stays.
+    norms = [m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and not name.endswith("local_mp.bn")]
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             hooks.append(module.register_forward_hook(made))
@@ -224,6 +225,10 @@ ROWS = {
     "resnet18-train": lambda options: train_row("resnet18", options),
     "resnet50-eval": lambda options: eval_row("resnet50", options),
     "efficientnet_b0-eval": lambda options: eval_row("efficientnet_b0", options),
+    "vit_tiny_patch16_224-train": lambda options: train_row("vit_tiny_patch16_224", options),
+    "vit_tiny_patch16_224-eval": lambda options: eval_row("vit_tiny_patch16_224", options),
+    "xcit_tiny_12_p16_224-train": lambda options: train_row("xcit_tiny_12_p16_224", options),
+    "xcit_tiny_12_p16_224-eval": lambda options: eval_row("xcit_tiny_12_p16_224", options),
     "disco-step": lambda options: disco_row(options, live=False),
     "disco-live": lambda options: disco_row(options, live=True),
 }

@@ -210,7 +210,10 @@ pub fn add_branch(xs: &Tensor, branch: &Tensor, scale: Option<&Parameter>, pass:
     if branch.dims() != xs.dims() {
         return Err(shape_error("add_branch", format!("{:?}", xs.dims()), branch));
     }
-    token_reference::add_branch(xs, branch, scale, pass)
+    match pass.engine {
+        Engine::Reference => token_reference::add_branch(xs, branch, scale, pass),
+        Engine::Cpu => cpu::token_layers::add_branch(xs, branch, scale, pass),
+    }
 }
 
 /// The sum of its input and a branch with attention in it.

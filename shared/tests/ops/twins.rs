@@ -325,7 +325,8 @@ pub(crate) fn inverted_residual_blocks() -> TestResult {
                         let geometry = Geometry::depthwise(channels, kernel, stride);
                         if seed % 2 == 0 { geometry } else { same_padding(geometry) }
                     };
-                    let act = ACTIVATIONS[1 + seed as usize % (ACTIVATIONS.len() - 1)];
+                    // Those of networks that have such blocks.
+                    let act = ACTIVATIONS[1 + seed as usize % 4];
                     agree_in_all_modes(&Spec::mb_conv(widths, inside, act, squeeze), size, seed)?;
                 }
             }

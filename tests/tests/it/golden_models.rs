@@ -67,7 +67,7 @@ fn assert_close(what: &str, distance: f64) {
 #[test]
 fn names_and_shapes_are_those_of_torchvision_and_timm() -> Result<()> {
     let golden = golden()?.evaluation;
-    assert!(golden.keys().eq(&Arch::ALL));
+    assert!(golden.keys().eq(Arch::ALL.iter().filter(|arch| !is_transformer(**arch))));
     for (arch, golden) in golden {
         let named = names_and_shapes(arch, Some(HEAD))?;
         assert_eq!(named.len(), golden.tensors, "{arch}");
@@ -97,6 +97,11 @@ fn evaluated_like_pytorch(is_tested: impl Fn(Arch) -> bool, engine: Engine) -> R
         }
     }
     Ok(())
+}
+
+/// Networks that `golden_transformers` is about.
+pub(crate) fn is_transformer(arch: Arch) -> bool {
+    arch.name().starts_with("vit_") || arch.name().starts_with("xcit_")
 }
 
 fn is_residual(arch: Arch) -> bool {

@@ -13,6 +13,8 @@ use shared::ops::{self, Engine, Mode, Pass, PositionResampling};
 use shared::{Error, losses};
 use tests::formula::{fingerprint, fingerprint_distance, parameters, unit, unit_rows, values};
 
+use crate::golden_models::is_transformer;
+
 /// Largest relative error of an f32 forward or backward pass against f64.
 const TOLERANCE: f64 = 1e-4;
 
@@ -84,7 +86,9 @@ fn assert_features(what: &str, encoder: &Encoder, golden: &Images) -> Result<()>
 
 #[test]
 fn names_and_shapes_are_timms() -> Result<()> {
-    for (arch, golden) in golden()?.evaluation {
+    let golden = golden()?.evaluation;
+    assert!(golden.keys().eq(Arch::ALL.iter().filter(|arch| is_transformer(**arch))));
+    for (arch, golden) in golden {
         let named = names_and_shapes(arch, None)?;
         assert_eq!(named.len(), golden.tensors, "{arch}");
         let text: Vec<String> = named

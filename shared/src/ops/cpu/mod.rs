@@ -2,13 +2,15 @@
 //!
 //! From below: `simd` and `activation` (vectors), `gemm` and `tiles` (kernels over tiles in cache), `norm` (batch norm as numbers per
 //! channel), `flow` (what passes from layer to layer), `pointwise`, `depthwise`, `direct` and `winograd` (convolutions, chosen by
-//! `convolution`), `squeeze_excite`, `chain` (blocks), `pool` and `rows` (the rest); these compute on slices and know nothing of tensors'
-//! graphs. `block`, `layers` and `update` wrap them, on candle's graph by `graph`. All work is cut into pieces that depend on shapes alone; partial sums are added
-//! in the order of the pieces.
+//! `convolution`), `squeeze_excite`, `chain` (blocks), `pool` and `rows` (the rest of convolutional networks); for transformers
+//! `token_tiles`, `layer_norm`, `dense` (linear layers of many rows), `attention`, `cross_covariance`, `local_patch` and `branches`. These
+//! compute on slices and know nothing of tensors' graphs. `block`, `layers`, `token_layers`, `grid_layers` and `update` wrap them, on
+//! candle's graph by `graph`. All work is cut into pieces that depend on shapes alone; partial sums are added in the order of the pieces.
 
 mod activation;
 mod attention;
 pub(super) mod block;
+mod branches;
 mod chain;
 mod convolution;
 mod cross_covariance;

@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use super::dense::{self, Finish, Gradients, Read, Sizes};
 use super::norm::Affine;
 use super::token_tiles::Norm;
-use super::{attention, cross_covariance, deposit, graph, layer_norm, values, with_values};
+use super::{attention, branches, cross_covariance, deposit, graph, layer_norm, values, with_values};
 use crate::Result;
 use crate::ops::token_blocks::AttentionSizes;
 use crate::ops::{Activation, Attention, AttentionBlock, LayerNorm, Linear, MlpBlock, Parameter, Pass, shape_error};
@@ -16,6 +16,7 @@ const ATTENTION: &str = "attention";
 const CROSS_COVARIANCE: &str = "cross_covariance_attention";
 const ATTENTION_BLOCK: &str = "attention_block";
 const MLP_BLOCK: &str = "mlp_block";
+const ADD_BRANCH: &str = "add_branch";
 
 /// A layer norm's numbers.
 #[derive(Debug)]
@@ -288,4 +289,31 @@ pub(in crate::ops) fn mlp_block(xs: &Tensor, params: &MlpBlock, pass: &Pass) -> 
         Ok(vec![Some(gradients.input)])
     };
     Ok(graph::record(MLP_BLOCK, out, xs.shape(), &[&xs], back)?)
+}
+
+/// See [`crate::ops::add_branch`].
+pub(in crate::ops) fn add_branch(
+    xs: &Tensor,
+    branch: &Tensor,
+    scale: Option<&Parameter>,
+    pass: &Pass,
+) -> Result<Tensor> {
+    let (xs, branch) = (xs.contiguous()?, branch.contiguous()?);
+    let Some(&channels) = xs.dims().last() else { return Err(shape_error(ADD_BRANCH, "(.., C)", &xs)) };
+    let affine = match scale {
+        Some(scale) => Affine { scale: values(scale.var())?, shift: vec![0.0; channels] },
+        None => Affine::identity(channels),
+    };
+    let out = with_values(&xs, |xs| with_values(&branch, |branch| Ok(branches::add(xs, branch, &affine))))?;
+    if !pass.record {
+        return Ok(Tensor::from_vec(out, xs.shape(), xs.device())?);
+    }
+    let (scale, input) = (scale.cloned(), branch.detach());
+    let back = move |dout: Vec<f32>| {
+        let Some(scale) = scale else { return Ok(vec![Some(dout.clone()), Some(dout)]) };
+        let (dbranch, dscale) = with_values(&input, |branch| Ok(branches::add_gradient(branch, &dout, &affine)))?;
+        deposit(&scale, dscale)?;
+        Ok(vec![Some(dout), Some(dbranch)])
+    };
+    Ok(graph::record(ADD_BRANCH, out, xs.shape(), &[&xs, &branch], back)?)
 }
