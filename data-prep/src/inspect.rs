@@ -9,10 +9,10 @@ use serde::Serialize;
 use shared::io::write_atomic;
 use shared::manifest::short;
 use shared::shard::{Shard, ShardSet};
+use shared::space::human;
 use shared::{Error, Result};
 
 use crate::args::InspectArgs;
-use crate::space::human;
 use crate::verify::shard_config;
 
 /// White lines between the pictures of a contact sheet.

@@ -11,7 +11,6 @@ mod ordered;
 pub mod pack;
 pub mod plan;
 pub mod scan;
-mod space;
 pub mod verify;
 pub mod views;
 

@@ -17,16 +17,20 @@ use shared::output::{Begun, OutputDir};
 use shared::progress::{Progress, note};
 use shared::rng::KeyedRng;
 use shared::shard::{Shard, ShardSetDetails, ShardWriter, shard_file_name};
+use shared::space::{free_bytes, human, must_fit};
 use shared::{Error, Result};
 
 use crate::config::PackConfig;
 use crate::ordered::ordered;
 use crate::scan::{Listing, Sample};
-use crate::space::{free_bytes, human, must_fit};
 use crate::views::{SampleViews, Worker, make_views};
 
 /// The file that names the images that could not be used; it is there even when it is empty.
 pub const REJECTS_FILE: &str = "rejects.jsonl";
+
+/// What a refusal for want of disk space says: what needs it, and what would need less.
+pub(crate) const PACKING: &str = "packing";
+pub(crate) const FEWER_BYTES: &str = "take fewer `--views` or a smaller `--size`";
 
 /// How many finished bytes may wait to be written.
 const WAITING_BYTES: usize = 256 << 20;
@@ -104,7 +108,7 @@ impl fmt::Display for PackSummary {
 pub fn pack(config: &PackConfig) -> Result<PackSummary> {
     let output = config.output.as_deref().ok_or_else(|| Error::usage("`--output` is required"))?;
     let listing = Listing::scan(&config.input)?;
-    must_fit(output, bytes_to_write(config, output, listing.samples.len()), free_bytes(output))?;
+    must_fit(PACKING, output, bytes_to_write(config, output, listing.samples.len()), free_bytes(output), FEWER_BYTES)?;
     let identity = Identity::new(Stage::DataPrep, &config.shards, config.seed, vec![listing.as_input()])?;
     let dir = match OutputDir::begin(output, &identity, config.overwrite)? {
         Begun::Finished(manifest) => return Ok(PackSummary::new(output, &manifest, true, 0)),

@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use serde::Serialize;
+use shared::space::{free_bytes, human, must_fit};
 use shared::{Error, Result};
 
 use crate::config::PackConfig;
-use crate::pack::{bytes_to_write, in_packing_order};
+use crate::pack::{FEWER_BYTES, PACKING, bytes_to_write, in_packing_order};
 use crate::scan::Listing;
-use crate::space::{free_bytes, human, must_fit};
 use crate::views::{SampleViews, Worker, make_views};
 
 /// How many samples are made to measure the speed.
@@ -103,7 +103,7 @@ pub fn plan(config: &PackConfig) -> Result<Plan> {
         bytes: shards.sample_bytes() * samples as u64,
         bytes_to_write: to_write,
         free_bytes: free,
-        fits: must_fit(output, to_write, free).is_ok(),
+        fits: must_fit(PACKING, output, to_write, free, FEWER_BYTES).is_ok(),
         threads: config.threads,
         samples_per_sec_per_thread: rate,
         estimated_secs: samples as f64 / (rate * config.threads as f64),

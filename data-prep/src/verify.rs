@@ -9,6 +9,7 @@ use shared::manifest::MANIFEST_FILE;
 use shared::progress::Progress;
 use shared::rng::KeyedRng;
 use shared::shard::{Shard, ShardSet};
+use shared::space::human;
 use shared::transforms::ViewParams;
 use shared::transforms::decode::DECODER;
 use shared::{Error, Fault, Result};
@@ -17,7 +18,6 @@ use crate::args::VerifyArgs;
 use crate::config::ShardConfig;
 use crate::pack::{REJECTS_FILE, Reject};
 use crate::scan::{Listing, Sample};
-use crate::space::human;
 use crate::views::{SampleViews, Worker, draw_row, make_views};
 
 /// What was checked.

@@ -6,11 +6,11 @@ use std::path::Path;
 use shared::Result;
 use shared::rng::KeyedRng;
 use shared::shard::VIEW_PARAMETERS;
+use shared::space::human;
 use shared::transforms::decode::decode_into;
 use shared::transforms::{Recipe, RgbImage, Scratch};
 
 use crate::config::ShardConfig;
-use crate::space::human;
 
 /// No image file is larger.
 const LARGEST_FILE_BYTES: u64 = 1 << 30;

@@ -6,6 +6,7 @@ use clap::builder::RangedU64ValueParser;
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use shared::cli::{CommonArgs, ComputeArgs};
 use shared::models::Arch;
+use shared::transforms::normalize::Normalization;
 
 use crate::knn::ViewChoice;
 use crate::linear_probe::{Normalize, ProbeConfig};
@@ -63,6 +64,13 @@ pub struct SourceArgs {
     /// Architecture of a file of weights [default: told by its tensors]; a run knows its own
     #[arg(long, value_name = "ARCH")]
     pub arch: Option<Arch>,
+
+    /// How pixels become the input of a file of weights [default: what it says, else what its architecture was published with]
+    ///
+    /// EfficientNet-Lite was published with `inception`, every other architecture with `imagenet`; runs and what they export are
+    /// always `imagenet`. Weights that were trained otherwise need this flag: the wrong one raises no error.
+    #[arg(long, value_name = "PIXELS")]
+    pub pixel_normalization: Option<Normalization>,
 
     /// Directory that receives `features/` and `eval/` [default: RUN; needed for a file of weights]
     #[arg(long, value_name = "DIR")]

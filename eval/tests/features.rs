@@ -4,15 +4,21 @@
 mod common;
 
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
 use common::{Shards, contents, failure, student_eval, success, write_run};
 use eval::features::{Extractor, FeatureSet, extract};
+use shared::data_loader::normalized_batch;
 use shared::io::write_atomic;
 use shared::manifest::{Input, Manifest, Stage};
+use shared::models::{Arch, Encoder};
+use shared::ops::Mode;
 use shared::shard::ShardSet;
+use shared::tensor_file::write_tensors;
+use shared::transforms::normalize::Normalization;
 use shared::{Error, Fault, Result};
 
 const TRAIN: Shards<'_> = Shards { name: "train", samples: 40, views: 2, classes: &["red", "green"], per_shard: 20 };
@@ -56,7 +62,7 @@ fn manifest(directory: &Path) -> Manifest {
 fn run_simple(shards: &ShardSet, directory: &Path, batches: usize) -> Result<FeatureSet> {
     let weights = Input { role: "weights".into(), path: "w".into(), fingerprint: "7".repeat(64) };
     let simple = Simple { batches_left: Cell::new(batches) };
-    extract(&simple, weights, shards, directory, (false, true))
+    extract(&simple, weights, Normalization::Imagenet, shards, directory, (false, true))
 }
 
 #[test]
@@ -158,6 +164,49 @@ fn a_file_of_weights_gives_the_features_of_its_run() {
     let message =
         failure(root.path(), &["features", "--shards", "train", file, "--output", "o2", "--arch=resnet50"], 1);
     assert!(message.contains("does not hold the weights of resnet50"), "{message}");
+}
+
+#[test]
+fn pixels_are_normalised_as_asked_and_as_the_architecture_was_published() {
+    let root = tempfile::tempdir().unwrap();
+    let shards = ShardSet::open(TRAIN.write(root.path())).unwrap();
+    write_run(&root.path().join("run"), 1, false, 0.03);
+    let lite = Encoder::new(Arch::EfficientNetLite0, None, 1).unwrap();
+    let write = |name: &str, mean: &str| {
+        let metadata = BTreeMap::from([("mean".to_owned(), mean.to_owned())]);
+        write_tensors(root.path().join(name), &metadata, &lite.store().to_tensors().unwrap()).unwrap();
+    };
+    write("published.safetensors", "unknown");
+    write("exported.safetensors", "[0.485, 0.456, 0.406]");
+
+    let file = |name, output, more: &[&'static str]| {
+        [&["features", "--shards", "train", name, "--output", output], more].concat()
+    };
+    let imagenet = ["--pixel-normalization", "imagenet"];
+    for (name, output, more, expected) in [
+        ("published.safetensors", "a", &[][..], Normalization::Inception),
+        ("published.safetensors", "b", &imagenet[..], Normalization::Imagenet),
+        ("exported.safetensors", "c", &[][..], Normalization::Imagenet),
+        ("run/student.safetensors", "d", &[][..], Normalization::Imagenet),
+    ] {
+        success(root.path(), &file(name, output, more));
+        let set = FeatureSet::open(only_feature_set(&root.path().join(output))).unwrap();
+        assert_eq!(set.pixel_normalization().unwrap(), expected, "{output}");
+        if name.starts_with("run") {
+            continue;
+        }
+        let xs = normalized_batch(&shards, &[(3, 1)], expected).unwrap();
+        let features: Vec<f32> = lite.features(&xs, Mode::Eval).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        let (rows, scale) = (set.rows().unwrap(), features.iter().fold(0f32, |top, x| top.max(x.abs())));
+        let close = rows.row(3, 1).iter().zip(&features).all(|(a, b)| (a - b).abs() < 1e-4 * scale);
+        assert!(close, "{output}: features of other pixels");
+    }
+    // A cached set of other pixels is not taken for what was asked.
+    let message = failure(root.path(), &file("published.safetensors", "a", &imagenet), 1);
+    assert!(message.contains("`pixel-normalization`") && message.contains("--overwrite"), "{message}");
+    let args = ["features", "--shards", "train", "run", "--pixel-normalization"];
+    let message = failure(root.path(), &[&args[..], &["inception"]].concat(), 2);
+    assert!(message.contains("`run` is a run: leave `--pixel-normalization` out"), "{message}");
 }
 
 #[test]

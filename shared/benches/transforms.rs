@@ -7,7 +7,7 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use image::codecs::jpeg::JpegEncoder;
 use shared::rng::KeyedRng;
 use shared::transforms::decode::decode;
-use shared::transforms::normalize::write_normalized;
+use shared::transforms::normalize::Normalization;
 use shared::transforms::{Level, Recipe, RgbImage, Scratch};
 
 const SIZE: usize = 224;
@@ -49,7 +49,8 @@ fn transforms(criterion: &mut Criterion) {
     group.finish();
 
     let (pixels, mut values) = (vec![77u8; SIZE * SIZE * 3], vec![0f32; SIZE * SIZE * 3]);
-    criterion.bench_function("normalize_224", |b| b.iter(|| write_normalized(black_box(&pixels), &mut values)));
+    criterion
+        .bench_function("normalize_224", |b| b.iter(|| Normalization::Imagenet.write(black_box(&pixels), &mut values)));
 }
 
 criterion_group!(benches, transforms);

@@ -5,10 +5,20 @@
 //! embeddings-00000.safetensors …   one per shard:
 //!     embeddings  [n, V, D]  f16, bf16 or f32, rows of unit L2 norm, starts on a 4096-byte boundary
 //!     sample_ids  [n]        u64, the same as the shard's
+//! projection.safetensors           only in a set made with `--center` or `--pca`; see [`Projection`]:
+//!     mean            [F]     f32, mean of the teacher's outputs over every view of every sample
+//!     components      [D, F]  f32, orthonormal rows; only with `--pca`, as the two below
+//!     variances       [D]     f64, of the outputs along each component, over their number less one
+//!     total_variance  [1]     f64, along all F directions together
 //! ```
+//!
+//! With a projection, an embedding is `(x - mean) @ components^T` scaled to unit length, or `x - mean` scaled so, where `x`
+//! is the teacher's output before any scaling.
+
+mod projection;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use safetensors::tensor::Dtype;
@@ -19,6 +29,8 @@ use crate::io::FileEntry;
 use crate::manifest::{MANIFEST_FILE, Manifest, Stage, short};
 use crate::shard::ShardSet;
 use crate::tensor_file::{TensorFile, TensorFileWriter, TensorSpec};
+
+pub use projection::{PROJECTION_FILE, Projection, Reduction};
 
 /// The role under which an embedding set records its shard set.
 pub const SHARDS_ROLE: &str = "shards";
@@ -37,6 +49,11 @@ pub enum EmbeddingDtype {
 }
 
 impl EmbeddingDtype {
+    /// Bytes of an element.
+    pub fn bytes(self) -> usize {
+        self.stored().bitsize() / 8
+    }
+
     fn stored(self) -> Dtype {
         match self {
             Self::F16 => Dtype::F16,
@@ -98,6 +115,7 @@ pub fn write_embeddings(
 /// A finished embedding set, paired with its shard set.
 #[derive(Debug)]
 pub struct EmbeddingSet {
+    directory: PathBuf,
     manifest: Manifest,
     details: EmbeddingSetDetails,
     files: Vec<TensorFile>,
@@ -141,7 +159,7 @@ impl EmbeddingSet {
             files.push(open_file(&path, &details, shard.sample_ids())?);
             starts.push(starts[index] + shard.len());
         }
-        Ok(Self { manifest, details, files, starts })
+        Ok(Self { directory: directory.into(), manifest, details, files, starts })
     }
 
     /// Its record.
@@ -152,6 +170,24 @@ impl EmbeddingSet {
     /// D: width of an embedding.
     pub fn embedding_dim(&self) -> usize {
         self.details.embedding_dim
+    }
+
+    /// What was taken off the teacher's outputs before they were scaled to unit length; none for a set of plain outputs.
+    ///
+    /// # Errors
+    /// As [`Projection::open`]; [`Error::Damaged`] when it does not give rows of the set's width.
+    pub fn projection(&self) -> Result<Option<Projection>> {
+        if !self.manifest.files.iter().any(|file| file.path == PROJECTION_FILE) {
+            return Ok(None);
+        }
+        let path = self.directory.join(PROJECTION_FILE);
+        let projection = Projection::open(&path)?;
+        let (found, expected) = (projection.embedding_dim(), self.embedding_dim());
+        if found != expected {
+            let what = format!("it gives embeddings of width {found}, those of the set have {expected}");
+            return Err(Error::damaged(path, Fault::Value(what)));
+        }
+        Ok(Some(projection))
     }
 
     /// Copies the embedding of one view of a sample, as f32.

@@ -7,6 +7,7 @@ pub mod rng;
 pub mod io;
 pub mod mmap;
 pub mod memory;
+pub mod space;
 pub mod tensor_file;
 pub mod manifest;
 pub mod output;

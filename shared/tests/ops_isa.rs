@@ -7,6 +7,8 @@ mod bits;
 mod block;
 #[path = "ops/support.rs"]
 mod support;
+#[path = "ops/token_block.rs"]
+mod token_block;
 #[path = "ops/twins.rs"]
 mod twins;
 
@@ -34,6 +36,7 @@ fn every_instruction_set_agrees_with_the_reference() -> TestResult {
             twins::residual_blocks,
             twins::inverted_residual_blocks,
             twins::pools_and_rows,
+            twins::blocks_of_transformers,
             bits::all_gradients_have_the_same_bits_at_any_thread_count,
             bits::results_do_not_depend_on_whether_a_backward_pass_follows,
             bits::nan_is_never_lost,

@@ -5,7 +5,7 @@ use serde::Deserialize;
 use shared::rng::KeyedRng;
 use shared::transforms::color_jitter::{JitterStep, apply_step};
 use shared::transforms::gaussian_blur::{self, BlurScratch};
-use shared::transforms::normalize::write_normalized;
+use shared::transforms::normalize::Normalization;
 use shared::transforms::{Level, PassOrder, Planes, Recipe, RgbImage, Scratch, ViewParams, grayscale, solarize};
 
 #[derive(Deserialize)]
@@ -109,7 +109,7 @@ fn views_have_the_bytes_of_torchvision_and_pillow() {
             for (name, crc) in &view.checks {
                 let found = if name == "normalize" {
                     let mut values = vec![0.0; out.len()];
-                    write_normalized(&out, &mut values);
+                    Normalization::Imagenet.write(&out, &mut values);
                     crc32(values.iter().flat_map(|value| value.to_le_bytes()))
                 } else {
                     let (recipe, params) = cut(view, &recipe, &params, name);

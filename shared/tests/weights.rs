@@ -5,8 +5,11 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
-use shared::weights::{Checkpoint, Format};
+use shared::models::{Arch, Encoder, names_and_shapes};
+use shared::tensor_file::write_tensors;
+use shared::weights::{Checkpoint, Format, names};
 
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/weights").join(name)
@@ -46,6 +49,60 @@ fn every_golden_checkpoint_is_read_exactly() {
             assert_eq!(values, floats(&tensor["values"]), "{label}");
         }
     }
+}
+
+#[test]
+fn torchvisions_efficientnets_are_recognised_by_its_names() {
+    let text = std::fs::read_to_string(golden("../torchvision_names.json")).unwrap();
+    let json: Value = serde_json::from_str(&text).unwrap();
+    let networks = json["networks"].as_object().unwrap();
+    assert_eq!(networks.len(), 2);
+    let directory = tempfile::tempdir().unwrap();
+    for (name, pairs) in networks {
+        let arch: Arch = name.parse().unwrap();
+        let pairs: Vec<_> =
+            pairs.as_array().unwrap().iter().map(|pair| pair.as_str().unwrap().split_once(' ').unwrap()).collect();
+        let tensors = Encoder::new(arch, None, 1).unwrap().store().to_tensors().unwrap();
+        assert_eq!(pairs.len(), tensors.len());
+        for prefix in ["", "module."] {
+            let mut theirs: BTreeMap<_, _> =
+                pairs.iter().map(|(theirs, ours)| (format!("{prefix}{theirs}"), tensors[*ours].clone())).collect();
+            theirs.insert(
+                format!("{prefix}classifier.1.weight"),
+                Tensor::zeros((10, 1280), DType::F32, &Device::Cpu).unwrap(),
+            );
+            let path = directory.path().join("theirs.safetensors");
+            write_tensors(&path, &BTreeMap::new(), &theirs).unwrap();
+            let checkpoint = Checkpoint::open(&path).unwrap();
+            let entries: Vec<_> =
+                checkpoint.entries().iter().map(|entry| (entry.name().to_owned(), entry.shape().to_vec())).collect();
+            let found = names::recognise(&entries).unwrap().remove(0);
+            assert_eq!((found.arch, found.prefix.as_str(), found.embedding_dim()), (arch, prefix, 1280));
+            assert!(found.is_complete() && found.unexpected.is_empty() && found.left_over.len() == 1, "{found:?}");
+            let mut loaded = found.load(&checkpoint).unwrap();
+            let counts = found.load_batch_counts(&checkpoint).unwrap();
+            assert_eq!(counts.len(), pairs.iter().filter(|(_, ours)| ours.ends_with("num_batches_tracked")).count());
+            loaded.extend(counts);
+            assert_eq!(loaded.keys().collect::<Vec<_>>(), tensors.keys().collect::<Vec<_>>());
+            let values = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            for (name, tensor) in tensors.iter().filter(|(_, tensor)| tensor.dtype() == DType::F32) {
+                assert!(values(tensor) == values(&loaded[name]), "{name}");
+            }
+        }
+    }
+    // The larger network is not taken for the smaller one, whose tensors it has with other shapes or beside more.
+    let entries: Vec<_> = networks["efficientnet_b1"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|pair| pair.as_str().unwrap().split_once(' ').unwrap())
+        .map(|(theirs, ours)| {
+            let shapes = names_and_shapes(Arch::EfficientNetB1, None).unwrap();
+            (theirs.to_owned(), shapes.into_iter().find(|(name, _)| name == ours).unwrap().1)
+        })
+        .collect();
+    let smaller = names::fit(&entries, Arch::EfficientNetB0, None).unwrap();
+    assert!(smaller.is_complete() && smaller.has_further_layers());
 }
 
 #[test]

@@ -8,6 +8,7 @@ use shared::Result;
 use shared::data_loader::{EpochSampler, Prefetcher, ViewSchedule, embedding_batch, normalized_batch};
 use shared::embedding::EmbeddingSet;
 use shared::shard::ShardSet;
+use shared::transforms::normalize::Normalization;
 
 use crate::step::Batch;
 
@@ -66,8 +67,8 @@ impl Batches {
             }
             None => None,
         };
-        let query_view = normalized_batch(&self.shards, &query_rows)?;
-        let key_view = normalized_batch(&self.shards, &key_rows)?;
+        let query_view = normalized_batch(&self.shards, &query_rows, Normalization::Imagenet)?;
+        let key_view = normalized_batch(&self.shards, &key_rows, Normalization::Imagenet)?;
         Ok(Batch { step, sample_ids, query_view, key_view, teacher })
     }
 

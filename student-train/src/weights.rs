@@ -12,9 +12,6 @@ use shared::weights::names::{LeftOver, Method, Recognised, fit, recognise};
 use shared::weights::{Checkpoint, Entry};
 use shared::{Error, Result};
 
-/// What the names of batch norms' counters end with.
-const BATCH_COUNT: &str = "num_batches_tracked";
-
 /// A checkpoint that holds a whole backbone; its numbers are read when they are asked for.
 #[derive(Debug)]
 pub struct Weights {
@@ -89,13 +86,7 @@ impl Weights {
     /// [`Error::Damaged`] when numbers cannot be read; [`Error::Invalid`] when some are not finite.
     pub fn backbone(&self) -> Result<BTreeMap<String, Tensor>> {
         let mut tensors = self.fitted.load(&self.checkpoint)?;
-        let counters = names_and_shapes(self.arch(), None)?.into_iter().filter(|(name, _)| name.ends_with(BATCH_COUNT));
-        for (name, shape) in counters {
-            if self.shape_of(&name) == Some(&shape) {
-                let tensor = self.tensor(&name)?;
-                tensors.insert(name, tensor);
-            }
-        }
+        tensors.extend(self.fitted.load_batch_counts(&self.checkpoint)?);
         self.refuse_what_is_not_finite(&tensors)?;
         Ok(tensors)
     }

@@ -8,6 +8,7 @@ use shared::cli::{CommonArgs, ComputeArgs};
 use shared::embedding::EmbeddingDtype;
 use shared::models::Arch;
 use shared::ops::Isa;
+use shared::transforms::normalize::Normalization;
 use shared::weights::names::Method;
 
 /// Computes a frozen teacher's embeddings of every view of a shard set, once for many students
@@ -31,7 +32,7 @@ pub enum Command {
     /// Writes OUTPUT/embeddings-00000.safetensors and so on, one for each shard and row for row with it: `embeddings`
     /// of shape (n, V, D), rows of unit length, and `sample_ids`; then OUTPUT/manifest.json, which ties the set to the
     /// fingerprints of the shards and the weights. The teacher is in evaluation mode: batch normalisation uses its
-    /// running statistics.
+    /// running statistics. The summary tells how different the embeddings are; a warning says when their mean dominates.
     ///
     /// The bytes do not depend on `--threads` or `--batch-size`; their last bits depend on `--isa`. An interrupted run resumes
     /// with the first unfinished shard when the same command is given again; a finished one is left as it is.
@@ -104,6 +105,42 @@ pub struct EmbedOptions {
     #[arg(long, value_name = "KEY")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub state_key: Option<String>,
+
+    /// How pixels become the teacher's input [default: what its weights say, else what its architecture was published with]
+    ///
+    /// EfficientNet-Lite was published with `inception`, every other architecture with `imagenet`. Runs of `student-train`
+    /// and what they export are always `imagenet`. Weights that were trained otherwise need this flag: the wrong one
+    /// raises no error, it only makes the embeddings worse.
+    #[arg(long, value_name = "PIXELS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pixel_normalization: Option<Normalization>,
+
+    /// Take the mean of all outputs off each, before they are scaled to unit length
+    ///
+    /// For a teacher without a projection head, whose features are often all positive and point the same way: `embed` warns
+    /// when they do. A student would first learn that common part, a constant, and be told little about what differs.
+    /// Without it, embeddings of different samples differ more, and so do those of two views of one sample: agreement that
+    /// came from the mean alone is gone. Embeddings of a trained head (moco-v2) seldom need it.
+    ///
+    /// The mean is that of every view of every sample, as the teacher gives them; it is kept in
+    /// OUTPUT/projection.safetensors. The teacher runs once: its outputs lie in OUTPUT until the mean is known, 4 bytes a
+    /// number, and are removed at the end.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub center: Option<bool>,
+
+    /// Reduce the outputs to their D principal components, before they are scaled to unit length; implies `--center`
+    ///
+    /// For a teacher with wide features: a student's head then has D outputs to learn, and the cache takes D/F of the space.
+    /// Directions in which the outputs hardly vary are dropped, which is where views of one sample differ most compared with
+    /// samples: agreement between views mostly rises as D falls, until D is too small to tell samples apart. The summary says
+    /// how much of the variance is kept; 128 to 512 is usual. Components are not scaled to equal variance (no whitening).
+    ///
+    /// D is at most the width of the outputs and less than the number of views in the set. The components are kept in
+    /// OUTPUT/projection.safetensors, so that they can be applied to further outputs.
+    #[arg(long, value_name = "D", value_parser = clap::value_parser!(u32).range(1..))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pca: Option<u32>,
 
     /// Element type of the stored embeddings [default: f16]
     ///

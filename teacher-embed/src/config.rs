@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use shared::embedding::EmbeddingDtype;
 use shared::models::Arch;
+use shared::transforms::normalize::Normalization;
 use shared::weights::names::Method;
 use shared::{Error, Result, cli};
 
@@ -13,6 +14,58 @@ use crate::args::{EmbedArgs, EmbedOptions, VerifyArgs};
 pub const TEACHER_BATCH: usize = 16;
 /// Images prepared at a time unless the user says otherwise.
 const DEFAULT_BATCH_SIZE: u32 = 64;
+
+/// What is done to the teacher's outputs before they are scaled to unit length.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProjectionKind {
+    /// Their mean is taken off.
+    Center,
+    /// And this many principal components are kept, at least 1.
+    Pca(usize),
+}
+
+impl ProjectionKind {
+    fn resolve(center: Option<bool>, pca: Option<u32>) -> Result<Option<Self>> {
+        match (center, pca) {
+            (_, Some(0)) => Err(Error::usage("`pca` must keep at least 1 component")),
+            (Some(false), Some(_)) => {
+                Err(Error::usage("`pca` always takes the mean off first: leave `center = false` out"))
+            }
+            (_, Some(dim)) => Ok(Some(Self::Pca(dim as usize))),
+            (center, None) => Ok(center.unwrap_or(false).then_some(Self::Center)),
+        }
+    }
+
+    /// D, where it differs from F.
+    pub fn components(self) -> Option<usize> {
+        match self {
+            Self::Center => None,
+            Self::Pca(dim) => Some(dim),
+        }
+    }
+
+    /// Checks the projection against the outputs that it would be fitted to, `samples` times `views` rows of `width`.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a single sample, whose views have no mean worth taking off, and for more components than outputs
+    /// have numbers, or than rows span.
+    pub(crate) fn check(self, width: usize, samples: usize, views: usize) -> Result<()> {
+        let rows = samples * views;
+        match self {
+            _ if samples < 2 => {
+                let flag = if self == Self::Center { "--center" } else { "--pca" };
+                Err(Error::usage(format!("`{flag}` needs 2 samples at least, the shard set holds {samples}")))
+            }
+            Self::Pca(dim) if dim > width => {
+                Err(Error::usage(format!("`--pca {dim}` is more than the width of the teacher's outputs, {width}")))
+            }
+            Self::Pca(dim) if dim >= rows => Err(Error::usage(format!(
+                "`--pca {dim}` needs more than {dim} rows to be fitted to, {samples} samples x {views} views give {rows}"
+            ))),
+            _ => Ok(()),
+        }
+    }
+}
 
 /// What `embed` does.
 #[derive(Debug, Clone)]
@@ -29,6 +82,10 @@ pub struct EmbedConfig {
     pub method: Option<Method>,
     /// Where the state dict is, where the user said so.
     pub state_key: Option<String>,
+    /// How pixels become the teacher's input, where the user said so.
+    pub pixel_normalization: Option<Normalization>,
+    /// What is done to the outputs before they are scaled to unit length; none for nothing.
+    pub projection: Option<ProjectionKind>,
     /// Element type of the stored embeddings.
     pub dtype: EmbeddingDtype,
     /// Images prepared at a time, a multiple of [`TEACHER_BATCH`].
@@ -53,6 +110,8 @@ impl EmbedConfig {
             arch: None,
             method: None,
             state_key: None,
+            pixel_normalization: None,
+            projection: None,
             dtype: EmbeddingDtype::default(),
             batch_size: DEFAULT_BATCH_SIZE as usize,
             threads: None,
@@ -75,6 +134,8 @@ impl EmbedConfig {
             return Err(Error::usage("`batch-size` must be at least 1"));
         }
         let config = Self {
+            pixel_normalization: options.pixel_normalization,
+            projection: ProjectionKind::resolve(options.center, options.pca)?,
             arch: options.arch,
             method: options.method,
             state_key: options.state_key,
@@ -92,6 +153,11 @@ impl EmbedConfig {
         };
         weights_must_exist(&config.weights)?;
         Ok(config)
+    }
+
+    /// D of `--pca`.
+    pub(crate) fn components(&self) -> Option<usize> {
+        self.projection.and_then(ProjectionKind::components)
     }
 }
 
@@ -159,6 +225,35 @@ fn check_device(device: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn projections_follow_from_both_options() {
+        let resolve = ProjectionKind::resolve;
+        assert_eq!(resolve(None, None).unwrap(), None);
+        assert_eq!(resolve(Some(false), None).unwrap(), None);
+        assert_eq!(resolve(Some(true), None).unwrap(), Some(ProjectionKind::Center));
+        for center in [None, Some(true)] {
+            assert_eq!(resolve(center, Some(7)).unwrap(), Some(ProjectionKind::Pca(7)));
+            assert_eq!(resolve(center, Some(0)).unwrap_err().exit_status(), 2);
+        }
+        assert_eq!(resolve(Some(false), Some(7)).unwrap_err().exit_status(), 2);
+    }
+
+    #[test]
+    fn projections_that_the_rows_do_not_allow_are_refused() {
+        let refusal = |kind: ProjectionKind, width, samples, views| {
+            kind.check(width, samples, views).err().map_or_else(String::new, |error| error.to_string())
+        };
+        assert_eq!(refusal(ProjectionKind::Pca(8), 8, 5, 2), "");
+        assert_eq!(refusal(ProjectionKind::Center, 8, 2, 1), "");
+        assert!(
+            refusal(ProjectionKind::Pca(9), 8, 50, 2)
+                .contains("`--pca 9` is more than the width of the teacher's outputs, 8")
+        );
+        assert!(refusal(ProjectionKind::Pca(8), 8, 4, 2).contains("4 samples x 2 views give 8"));
+        assert!(refusal(ProjectionKind::Pca(1), 8, 1, 9).contains("`--pca` needs 2 samples at least"));
+        assert!(refusal(ProjectionKind::Center, 8, 1, 9).contains("`--center` needs 2 samples at least"));
+    }
 
     #[test]
     fn devices_are_told_apart() {

@@ -6,20 +6,24 @@ use std::fmt;
 use serde::Serialize;
 use serde_json::json;
 use shared::cli::note_cpu;
-use shared::data_loader::normalized_batch;
-use shared::embedding::{
-    EmbeddingSet, EmbeddingSetDetails, SHARDS_ROLE, embedding_file_name, open_file, write_embeddings,
-};
-use shared::io::{FileEntry, hash_file};
+use shared::embedding::{EmbeddingSet, Projection, SHARDS_ROLE};
 use shared::manifest::{Identity, Manifest, Stage};
+use shared::models::Arch;
 use shared::output::{Begun, OutputDir};
-use shared::progress::{Progress, note};
+use shared::progress::note;
 use shared::shard::ShardSet;
+use shared::transforms::normalize::Normalization;
+use shared::weights::Checkpoint;
 use shared::{Error, Result};
 
 use crate::config::{EmbedConfig, TEACHER_BATCH};
+use crate::projected::write_projected;
+use crate::rows::{Job, write_embedded};
 use crate::summary::{Statistics, statistics};
 use crate::teacher::{Teacher, TeacherDescription};
+
+/// Where an identity keeps how pixels were normalised; ImageNet's way is not named there.
+pub(crate) const PIXEL_NORMALIZATION_KEY: &str = "pixel-normalization";
 
 /// What `embed` did.
 #[derive(Debug, Clone, Serialize)]
@@ -27,7 +31,7 @@ use crate::teacher::{Teacher, TeacherDescription};
 pub struct Embedded {
     /// Whether there was nothing left to do.
     pub already_finished: bool,
-    /// Shards that an earlier run had finished.
+    /// Shards that an earlier run had put through the teacher.
     pub resumed_shards: usize,
     /// The directory.
     pub output: String,
@@ -35,6 +39,8 @@ pub struct Embedded {
     pub fingerprint: String,
     /// The teacher.
     pub teacher: TeacherDescription,
+    /// How pixels became its input.
+    pub pixel_normalization: Normalization,
     /// N.
     pub samples: usize,
     /// V.
@@ -43,20 +49,51 @@ pub struct Embedded {
     pub shards: usize,
     /// Bytes of all embedding files.
     pub bytes: u64,
+    /// D: width of an embedding, after a projection.
+    pub embedding_dim: usize,
+    /// What was taken off the teacher's outputs, and what was kept; none for plain outputs.
+    pub projection: Option<ProjectionSummary>,
     /// What the embeddings look like.
     pub statistics: Statistics,
 }
 
+/// A projection, in short.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ProjectionSummary {
+    /// F: width of the teacher's outputs.
+    pub feature_width: usize,
+    /// The part of the outputs' variance that `--pca` kept, between 0 and 1; none for centring alone.
+    pub kept_variance: Option<f64>,
+}
+
+impl ProjectionSummary {
+    fn new(projection: &Projection) -> Self {
+        let kept_variance = projection.reduction.as_ref().map(shared::embedding::Reduction::kept);
+        Self { feature_width: projection.feature_width(), kept_variance }
+    }
+}
+
+impl fmt::Display for ProjectionSummary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "projection  {} outputs, centred", self.feature_width)?;
+        match self.kept_variance {
+            Some(kept) => write!(f, " and reduced to the main components: {:.1} % of the variance", kept * 100.0),
+            None => Ok(()),
+        }
+    }
+}
+
 impl fmt::Display for Embedded {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { samples, views, shards, bytes, statistics, teacher, .. } = self;
+        let Self { samples, views, shards, bytes, statistics, teacher, embedding_dim, .. } = self;
         let state = if self.already_finished { "is already finished" } else { "is finished" };
         writeln!(f, "`{}` {state}: {}", self.output, self.fingerprint)?;
-        writeln!(
-            f,
-            "teacher     {} ({}), embeddings of width {}",
-            teacher.arch, teacher.method, teacher.embedding_dim
-        )?;
+        let (arch, method, pixels) = (teacher.arch, teacher.method, self.pixel_normalization);
+        writeln!(f, "teacher     {arch} ({method}), embeddings of width {embedding_dim}, {pixels} pixels")?;
+        if let Some(projection) = &self.projection {
+            writeln!(f, "{projection}")?;
+        }
         writeln!(f, "embeddings  {samples} samples x {views} views in {shards} shards, {bytes} bytes")?;
         write!(f, "{statistics}")
     }
@@ -65,7 +102,9 @@ impl fmt::Display for Embedded {
 /// Computes the embeddings of a shard set, or what is left of them.
 ///
 /// # Errors
-/// As [`ShardSet::open`], [`Teacher::load`] and [`OutputDir::begin`]; [`Error::Io`] when the disk is full.
+/// As [`ShardSet::open`], [`Teacher::load`] and [`OutputDir::begin`]; [`Error::Usage`] for a projection that these outputs do
+/// not allow; [`Error::Invalid`] when the disk is too small, or an output has no direction; [`Error::Io`] when the disk is
+/// full.
 pub fn embed(config: &EmbedConfig) -> Result<Embedded> {
     let shards = ShardSet::open(&config.shards)?;
     if shards.is_empty() {
@@ -76,106 +115,81 @@ pub fn embed(config: &EmbedConfig) -> Result<Embedded> {
         let count = teacher.unused().len();
         note(&format!("{count} tensors of the checkpoint are not used, `{}` the first", first.escape_debug()));
     }
-    let inputs = vec![shards.manifest().as_input(SHARDS_ROLE, &config.shards), teacher.input().clone()];
     let description = teacher.description();
+    if let Some(kind) = config.projection {
+        kind.check(description.embedding_dim, shards.len(), shards.views())?;
+    }
+    let inputs = vec![shards.manifest().as_input(SHARDS_ROLE, &config.shards), teacher.input().clone()];
+    let normalization = pixel_normalization(config, description.arch)?;
+    let named = (normalization != Normalization::default()).then_some(normalization);
     let resolved = json!({
         "arch": description.arch, "method": description.method, "dtype": config.dtype, "teacher-batch": TEACHER_BATCH,
-        "state-key": config.state_key,
+        "state-key": config.state_key, PIXEL_NORMALIZATION_KEY: named, "center": config.projection.map(|_kind| true), "pca": config.components(),
     });
     let identity = Identity::new(Stage::TeacherEmbed, &resolved, 0, inputs)?;
-    let details =
-        EmbeddingSetDetails { views: shards.views(), embedding_dim: description.embedding_dim, dtype: config.dtype };
+    let job = Job::new(config, &shards, &teacher, normalization);
+    job.must_fit_on_disk()?;
     match OutputDir::begin(&config.output, &identity, config.overwrite)? {
         Begun::Finished(manifest) => {
             note(&format!("`{}` is already finished: nothing to do", config.output.display()));
-            summarise(config, &shards, &teacher, &manifest, None)
+            summarise(&job, &manifest, None)
         }
         Begun::Writing(output) => {
-            let (files, resumed) = write_shards(config, &shards, &teacher, &details, &output)?;
+            if !config.quiet {
+                note_cpu();
+            }
+            let write = if config.projection.is_some() { write_projected } else { write_embedded };
+            let written = write(&job, output.path(), output.resumed())?;
+            if written.resumed > 0 && !config.quiet {
+                note(&format!("{} of {} shards were computed before", written.resumed, shards.shards().len()));
+            }
             let counts = BTreeMap::from([
                 ("samples".to_owned(), shards.len() as u64),
                 ("views".to_owned(), shards.views() as u64),
                 ("shards".to_owned(), shards.shards().len() as u64),
             ]);
             let details = json!({
-                "views": details.views, "embedding_dim": details.embedding_dim, "dtype": details.dtype,
+                "views": job.details.views, "embedding_dim": job.details.embedding_dim, "dtype": job.details.dtype,
                 "teacher": description,
             });
-            let manifest = output.finish(counts, details, files)?;
-            summarise(config, &shards, &teacher, &manifest, Some(resumed))
+            let manifest = output.finish(counts, details, written.files)?;
+            summarise(&job, &manifest, Some(written.resumed))
         }
     }
 }
 
-/// Writes every file that is not there yet; returns all of them, and how many were there.
-fn write_shards(
-    config: &EmbedConfig,
-    shards: &ShardSet,
-    teacher: &Teacher,
-    details: &EmbeddingSetDetails,
-    output: &OutputDir,
-) -> Result<(Vec<FileEntry>, usize)> {
-    let mut files = Vec::new();
-    let mut resumed = 0;
-    let mut first = 0;
-    if !config.quiet {
-        note_cpu();
+/// How pixels become the teacher's input: as asked, as its weights say, or as its architecture was published.
+fn pixel_normalization(config: &EmbedConfig, arch: Arch) -> Result<Normalization> {
+    if let Some(asked) = config.pixel_normalization {
+        return Ok(asked);
     }
-    let images = (shards.len() * shards.views()) as u64;
-    let progress = Progress::new("embedding", "images", images, config.quiet);
-    for (index, shard) in shards.shards().iter().enumerate() {
-        let path = output.path().join(embedding_file_name(index));
-        let rows = shard.len() * shards.views();
-        if output.resumed() && path.exists() && open_file(&path, details, shard.sample_ids()).is_ok() {
-            files.push(hash_file(&path)?);
-            resumed += 1;
-            progress.start_at(((first + shard.len()) * shards.views()) as u64);
-        } else {
-            let mut values = Vec::with_capacity(rows * details.embedding_dim);
-            let all: Vec<(usize, usize)> =
-                (0..rows).map(|row| (first + row / shards.views(), row % shards.views())).collect();
-            for prepared in all.chunks(config.batch_size) {
-                values.extend(rows_of(shards, teacher, prepared)?);
-                progress.inc(prepared.len() as u64);
-            }
-            files.push(write_embeddings(&path, details, shard.sample_ids(), &values)?);
-        }
-        first += shard.len();
+    if config.weights.is_dir() {
+        return Ok(Normalization::default());
     }
-    progress.finish();
-    if resumed > 0 && !config.quiet {
-        note(&format!("{resumed} of {} shards were finished before", shards.shards().len()));
-    }
-    Ok((files, resumed))
+    let checkpoint = Checkpoint::open_at(&config.weights, config.state_key.as_deref())?;
+    Ok(Normalization::recorded(checkpoint.metadata()).unwrap_or_else(|| arch.pixel_normalization()))
 }
 
-/// Embeddings of the given `(sample, view)` pairs, [`TEACHER_BATCH`] at a time.
-pub(crate) fn rows_of(shards: &ShardSet, teacher: &Teacher, rows: &[(usize, usize)]) -> Result<Vec<f32>> {
-    let mut values = Vec::with_capacity(rows.len() * teacher.description().embedding_dim);
-    for batch in rows.chunks(TEACHER_BATCH) {
-        values.extend(teacher.embeddings(&normalized_batch(shards, batch)?)?);
-    }
-    Ok(values)
-}
-
-fn summarise(
-    config: &EmbedConfig,
-    shards: &ShardSet,
-    teacher: &Teacher,
-    manifest: &Manifest,
-    resumed: Option<usize>,
-) -> Result<Embedded> {
+fn summarise(job: &Job<'_>, manifest: &Manifest, resumed: Option<usize>) -> Result<Embedded> {
+    let (config, shards) = (job.config, job.shards);
     let set = EmbeddingSet::open(&config.output, shards)?;
+    let statistics = statistics(&set, shards)?;
+    if let Some(warning) = statistics.warning().filter(|_| config.projection.is_none()) {
+        note(&warning);
+    }
     Ok(Embedded {
         already_finished: resumed.is_none(),
         resumed_shards: resumed.unwrap_or(shards.shards().len()),
         output: config.output.display().to_string(),
         fingerprint: manifest.fingerprint.clone(),
-        teacher: teacher.description().clone(),
+        teacher: job.teacher.description().clone(),
+        pixel_normalization: job.normalization,
         samples: shards.len(),
         views: shards.views(),
         shards: shards.shards().len(),
         bytes: manifest.files.iter().map(|file| file.bytes).sum(),
-        statistics: statistics(&set, shards)?,
+        embedding_dim: set.embedding_dim(),
+        projection: set.projection()?.as_ref().map(ProjectionSummary::new),
+        statistics,
     })
 }

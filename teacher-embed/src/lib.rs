@@ -1,7 +1,8 @@
 //! The second stage: the final embeddings of a frozen teacher for every stored view, computed once for many students.
 //!
 //! `embed` reads a shard set and the teacher's weights, runs the teacher in evaluation mode over every view of every
-//! sample, and writes one embedding file for each shard, row for row. `describe` tells what a checkpoint holds and which
+//! sample, and writes one embedding file for each shard, row for row; on request it centres and reduces what the teacher
+//! gives, in a second pass. `describe` tells what a checkpoint holds and which
 //! network it belongs to. `verify` checks a finished set against its hashes, its shards and the teacher. The embeddings
 //! depend on the pixels and the weights alone: not on threads, batch size or
 //! interruptions, but in their last bits on the instruction set of the machine.
@@ -10,13 +11,16 @@ pub mod args;
 pub mod config;
 mod describe;
 mod embed;
+mod projected;
+pub mod projection;
+mod rows;
 mod summary;
 pub mod teacher;
 mod verify;
 
 pub use args::Args;
 pub use describe::{Description, describe};
-pub use embed::{Embedded, embed};
+pub use embed::{Embedded, ProjectionSummary, embed};
 use shared::cli::ComputeArgs;
 use shared::{Result, cli};
 pub use summary::Statistics;

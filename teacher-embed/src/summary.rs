@@ -8,6 +8,10 @@ use shared::Result;
 use shared::embedding::EmbeddingSet;
 use shared::shard::ShardSet;
 
+/// From this cosine to the mean on, a warning is given: a student that learns nothing but the mean has then learnt a quarter
+/// of every embedding's squared length.
+const DOMINANT_MEAN_COSINE: f64 = 0.5;
+
 /// Samples that are looked at, spread evenly over the set.
 const MOST_SAMPLES: usize = 512;
 
@@ -21,11 +25,26 @@ pub struct Statistics {
     pub view_agreement: Option<f64>,
     /// Mean cosine similarity between the first views of two different samples; none when there is one sample only.
     pub sample_similarity: Option<f64>,
-    /// Length of the mean of all rows: 0 when they point everywhere, 1 when they are all the same.
-    pub mean_vector_norm: f64,
+    /// Mean cosine similarity between an embedding and the mean of all: 0 when they point everywhere, 1 when they are all the
+    /// same. Of rows of unit length it is the length of their mean, and its square the part of a row's squared length that
+    /// the mean accounts for.
+    pub mean_cosine: f64,
     /// Number of directions in use: the squared trace of the covariance matrix over its squared Frobenius norm,
     /// between 1 and D; 0 when all rows are the same.
     pub effective_rank: f64,
+}
+
+impl Statistics {
+    /// A sentence for a person when the mean dominates the embeddings; none for a single sample, which is its own mean.
+    pub(crate) fn warning(&self) -> Option<String> {
+        (self.samples > 1 && self.mean_cosine > DOMINANT_MEAN_COSINE).then(|| {
+            format!(
+                "warning: the embeddings have a cosine of {:.2} to their mean, so a student first learns a constant: \
+                 consider `--center`, or `--pca D` to keep the D main directions only",
+                self.mean_cosine
+            )
+        })
+    }
 }
 
 impl fmt::Display for Statistics {
@@ -34,7 +53,7 @@ impl fmt::Display for Statistics {
         writeln!(f, "over {} samples:", self.samples)?;
         writeln!(f, "  cosine between views of one sample   {}", or_dash(self.view_agreement))?;
         writeln!(f, "  cosine between different samples     {}", or_dash(self.sample_similarity))?;
-        writeln!(f, "  length of the mean vector            {:.4}", self.mean_vector_norm)?;
+        writeln!(f, "  cosine to the mean embedding         {:.4}", self.mean_cosine)?;
         write!(f, "  effective rank                       {:.1}", self.effective_rank)
     }
 }
@@ -83,7 +102,7 @@ fn figures(rows: &[f32], views: usize, dim: usize) -> Statistics {
         samples,
         view_agreement: mean_of(agreement),
         sample_similarity: mean_of(similarity),
-        mean_vector_norm: mean.iter().map(|value| value * value).sum::<f64>().sqrt(),
+        mean_cosine: mean.iter().map(|value| value * value).sum::<f64>().sqrt(),
         effective_rank: effective_rank(&first_views.iter().map(|index| row(*index)).collect::<Vec<_>>(), dim),
     }
 }
@@ -122,15 +141,38 @@ mod tests {
         let figures = figures(&rows, 2, 3);
         assert_eq!(figures.view_agreement, Some(1.0));
         assert!((figures.sample_similarity.unwrap() + 1.0 / 3.0).abs() < 1e-12);
-        assert_eq!(figures.mean_vector_norm, 0.0);
+        assert_eq!(figures.mean_cosine, 0.0);
         assert!((figures.effective_rank - 2.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn cosine_to_the_mean_is_that_of_the_definition_and_warns_above_one_half() {
+        // Unit rows at angles of 0, 90 and `last` degrees; two views each, the second the first.
+        let at = |last: f64| {
+            let angles = [0.0, std::f64::consts::FRAC_PI_2, last.to_radians()];
+            let rows: Vec<[f64; 2]> = angles.iter().flat_map(|a| [[a.cos(), a.sin()]; 2]).collect();
+            let mean = [0, 1].map(|axis| rows.iter().map(|row| row[axis]).sum::<f64>() / 6.0);
+            let cosine = |row: &[f64; 2]| (row[0] * mean[0] + row[1] * mean[1]) / mean[0].hypot(mean[1]);
+            let expected = rows.iter().map(cosine).sum::<f64>() / 6.0;
+            let rows: Vec<f32> = rows.as_flattened().iter().map(|x| *x as f32).collect();
+            let figures = figures(&rows, 2, 2);
+            assert!((figures.mean_cosine - expected).abs() < 1e-6, "{figures:?} {expected}");
+            figures
+        };
+        let warning = at(30.0).warning().unwrap();
+        assert!(
+            warning.contains("0.80") && warning.contains("`--center`") && warning.contains("`--pca D`"),
+            "{warning}"
+        );
+        assert_eq!(at(210.0).warning(), None);
+        assert_eq!(Statistics { samples: 1, ..at(30.0) }.warning(), None);
     }
 
     #[test]
     fn collapsed_rows_show() {
         let figures = figures(&[0.6, 0.8].repeat(6), 1, 2);
         assert_eq!(figures.view_agreement, None);
-        assert!((figures.mean_vector_norm - 1.0).abs() < 1e-6);
+        assert!((figures.mean_cosine - 1.0).abs() < 1e-6);
         assert_eq!(figures.effective_rank, 0.0);
     }
 }

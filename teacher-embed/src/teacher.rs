@@ -122,6 +122,19 @@ impl Teacher {
         &self.unused
     }
 
+    /// What the teacher gives, before it is scaled to unit length.
+    ///
+    /// # Shapes
+    /// - `xs`: `(B, H, W, 3)` f32, normalised images
+    /// - returns: `(B, D)` f32, flattened
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when a number is not finite.
+    pub fn outputs(&self, xs: &Tensor) -> Result<Vec<f32>> {
+        let rows = self.raw(xs)?.flatten_all()?.to_vec1::<f32>()?;
+        if rows.iter().all(|value| value.is_finite()) { Ok(rows) } else { Err(self.without_direction()) }
+    }
+
     /// The final embeddings.
     ///
     /// # Shapes
@@ -131,25 +144,33 @@ impl Teacher {
     /// # Errors
     /// [`Error::Invalid`] when a row has no direction: the weights hold numbers that are not finite, or are all zero.
     pub fn embeddings(&self, xs: &Tensor) -> Result<Vec<f32>> {
-        let rows = match &self.output {
-            Output::OwnHead => self.encoder.embeddings(xs, Mode::Eval)?,
-            Output::Features => unit_rows(&self.encoder.features(xs, Mode::Eval)?)?,
-            Output::Head(head) => unit_rows(&head.forward(&self.encoder.features(xs, Mode::Eval)?)?)?,
-        };
-        let rows = rows.flatten_all()?.to_vec1::<f32>()?;
+        let rows = ops::l2_normalise(&self.raw(xs)?, &pass(xs))?.flatten_all()?.to_vec1::<f32>()?;
         let dim = self.description.embedding_dim.max(1);
         let sound = rows.chunks_exact(dim).all(|row| {
             let norm: f32 = row.iter().map(|value| value * value).sum();
             (norm - 1.0).abs() < 1e-2
         });
-        if !sound {
-            return Err(Error::invalid(
-                format!("the teacher of `{}` gives embeddings without a direction", self.input.path),
-                "its weights hold zeros only or numbers that are not finite: check the checkpoint",
-            ));
-        }
-        Ok(rows)
+        if sound { Ok(rows) } else { Err(self.without_direction()) }
     }
+
+    fn raw(&self, xs: &Tensor) -> Result<Tensor> {
+        match &self.output {
+            Output::OwnHead => self.encoder.head_outputs(xs, Mode::Eval),
+            Output::Features => self.encoder.features(xs, Mode::Eval),
+            Output::Head(head) => head.forward(&self.encoder.features(xs, Mode::Eval)?),
+        }
+    }
+
+    fn without_direction(&self) -> Error {
+        Error::invalid(
+            format!("the teacher of `{}` gives embeddings without a direction", self.input.path),
+            "its weights hold zeros only or numbers that are not finite: check the checkpoint",
+        )
+    }
+}
+
+fn pass(xs: &Tensor) -> Pass {
+    Pass { mode: Mode::Eval, record: false, engine: Engine::for_device(xs.device()) }
 }
 
 /// Opens a finished run; of an unfinished one, the advice names the newest checkpoint.
@@ -168,11 +189,6 @@ fn newest_checkpoint(run: &Path) -> Option<PathBuf> {
     let entries = std::fs::read_dir(run.join("checkpoints")).ok()?;
     let files = entries.filter_map(|entry| Some(entry.ok()?.path()));
     files.filter(|path| path.extension().is_some_and(|extension| extension == "safetensors")).max()
-}
-
-/// Rows scaled to unit length.
-fn unit_rows(rows: &Tensor) -> Result<Tensor> {
-    ops::l2_normalise(rows, &Pass { mode: Mode::Eval, record: false, engine: Engine::for_device(rows.device()) })
 }
 
 /// Names and shapes of a checkpoint's tensors.

@@ -5,16 +5,19 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 use shared::cli::note_cpu;
-use shared::embedding::{EmbeddingSet, SHARDS_ROLE};
+use shared::embedding::{EmbeddingSet, PROJECTION_FILE, SHARDS_ROLE};
 use shared::manifest::{MANIFEST_FILE, Manifest, Stage};
 use shared::models::Arch;
 use shared::progress::Progress;
 use shared::shard::ShardSet;
+use shared::transforms::normalize::Normalization;
 use shared::weights::names::Method;
 use shared::{Error, Fault, Result};
 
 use crate::config::VerifyConfig;
-use crate::embed::rows_of;
+use crate::embed::PIXEL_NORMALIZATION_KEY;
+use crate::projected::project;
+use crate::rows::rows_of;
 use crate::teacher::{Teacher, WEIGHTS_ROLE};
 
 /// Cosine distance that storing and grouping may cause: rounding to bf16 causes up to 0.000004.
@@ -100,7 +103,19 @@ pub fn verify(config: &VerifyConfig) -> Result<Verified> {
         .flat_map(|sample| (0..shards.views()).map(move |view| (sample, view)))
         .map(|(sample, view)| (sample * shards.len() / samples, view))
         .collect();
-    let computed = rows_of(&shards, &teacher, &rows)?;
+    let normalization = setting(PIXEL_NORMALIZATION_KEY).map_or(Ok(Normalization::default()), str::parse)?;
+    let computed = match set.projection()? {
+        None => rows_of(&shards, &rows, normalization, |xs| teacher.embeddings(xs))?,
+        Some(projection) => {
+            let width = teacher.description().embedding_dim;
+            if projection.feature_width() != width {
+                let found =
+                    format!("it takes outputs of width {}, the teacher gives {width}", projection.feature_width());
+                return Err(Error::damaged(directory.join(PROJECTION_FILE), Fault::Value(found)));
+            }
+            project(&projection, &rows_of(&shards, &rows, normalization, |xs| teacher.outputs(xs))?, &rows)?
+        }
+    };
     let mut stored = vec![0.0; set.embedding_dim()];
     let mut largest = 0.0f64;
     for (&(sample, view), row) in rows.iter().zip(computed.chunks_exact(set.embedding_dim())) {

@@ -16,12 +16,14 @@ import torch
 import torchvision
 from safetensors.torch import load_file, save_file
 
+# EfficientNets, which torchvision names differently from timm: the names are paired by position.
+RENAMED = ["efficientnet_b0", "efficientnet_b1"]
 ARCHS = ["resnet18", "resnet34", "resnet50", "efficientnet_b0", "efficientnet_b1", "mobilenetv3_large_100", "tf_efficientnet_lite0"]
 
 
-def classifier(arch):
+def classifier(arch, library):
     torch.manual_seed(0)
-    model = getattr(torchvision.models, arch)(weights=None) if arch.startswith("resnet") else timm.create_model(arch)
+    model = getattr(torchvision.models, arch)(weights=None) if library == "torchvision" else timm.create_model(arch)
     for name, buffer in model.named_buffers():
         if name.endswith("running_mean"):
             buffer.uniform_(-0.1, 0.1)
@@ -32,27 +34,31 @@ def classifier(arch):
     return model
 
 
-def save(model, arch, work):
+def save(model, arch, library, work):
     """Paths of the checkpoint: plain, in a wrapper with an optimiser, in the old format, in half precision, as safetensors."""
     state = model.state_dict()
     wrapped = {"epoch": 3, "arch": arch, "state_dict": {f"module.{name}": x for name, x in state.items()}}
     wrapped["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9).state_dict()
-    torch.save(state, work / f"{arch}.pth")
-    torch.save(wrapped, work / f"{arch}_wrapped.pth.tar")
-    torch.save(wrapped, work / f"{arch}_legacy.pth.tar", _use_new_zipfile_serialization=False)
-    torch.save({"model": {name: x.half() if x.is_floating_point() else x for name, x in state.items()}}, work / f"{arch}_half.pth")
-    save_file(state, work / f"{arch}.safetensors")
-    return [work / f"{arch}{rest}" for rest in [".pth", "_wrapped.pth.tar", "_legacy.pth.tar", "_half.pth", ".safetensors"]]
+    stem = work / f"{library}_{arch}"
+    paths = [stem.with_name(stem.name + rest) for rest in [".pth", "_wrapped.pth.tar", "_legacy.pth.tar", "_half.pth", ".safetensors"]]
+    torch.save(state, paths[0])
+    torch.save(wrapped, paths[1])
+    torch.save(wrapped, paths[2], _use_new_zipfile_serialization=False)
+    torch.save({"model": {name: x.half() if x.is_floating_point() else x for name, x in state.items()}}, paths[3])
+    save_file(state, paths[4])
+    return paths
 
 
 def main(binary, work, *archs):
     work = Path(work)
     work.mkdir(parents=True)
-    for arch in archs or ARCHS:
-        model = classifier(arch)
+    networks = [(arch, "torchvision" if arch.startswith("resnet") else "timm") for arch in archs or ARCHS]
+    for arch, library in networks + [(arch, "torchvision") for arch in RENAMED if not archs or arch in archs]:
+        model = classifier(arch, library)
         headless = timm.create_model(arch, num_classes=0)
-        expected = {name: x for name, x in model.state_dict().items() if name in headless.state_dict()}
-        for path in save(model, arch, work):
+        backbone = {name: x for name, x in model.state_dict().items() if not name.startswith(("fc.", "classifier."))}
+        expected = dict(zip(headless.state_dict(), backbone.values(), strict=True))
+        for path in save(model, arch, library, work):
             output = work / "imported.safetensors"
             command = [binary, "import", path, "--output", output, "--overwrite", "--json"]
             summary = json.loads(subprocess.check_output(command))
@@ -65,7 +71,7 @@ def main(binary, work, *archs):
                 assert torch.equal(found[name], rounded), f"{path}: {name}"
             print(f"{path.name}: {summary['used']} tensors")
         wrong = "resnet50" if arch != "resnet50" else "resnet18"
-        command = [binary, "import", work / f"{arch}.pth", "--output", output, "--overwrite", "--student", wrong]
+        command = [binary, "import", path, "--output", output, "--overwrite", "--student", wrong]
         refused = subprocess.run(command, capture_output=True, text=True)
         assert refused.returncode == 1 and refused.stderr.startswith("error: ") and arch in refused.stderr, refused
 

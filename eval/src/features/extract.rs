@@ -14,9 +14,12 @@ use shared::output::{Begun, OutputDir};
 use shared::progress::{Progress, note};
 use shared::shard::ShardSet;
 use shared::tensor_file::{TensorFileWriter, TensorSpec};
+use shared::transforms::normalize::Normalization;
 use shared::{Error, Result};
 
-use super::{FeatureSet, FeatureSetDetails, SHARDS_ROLE, details_of, feature_file_name, is_complete};
+use super::{
+    FeatureSet, FeatureSetDetails, PIXEL_NORMALIZATION_KEY, SHARDS_ROLE, details_of, feature_file_name, is_complete,
+};
 use crate::matrix;
 
 /// Images per forward pass. Fixed, because the last bits of a matrix product may depend on its size: the same shards give the
@@ -58,13 +61,14 @@ impl Extractor for Encoder {
 
 /// Extracts the features of `shards` into `directory`, or finds them there.
 ///
-/// `weights` is the input under which the extractor's weights are recorded.
+/// `weights` is the input under which the extractor's weights are recorded, `normalization` how pixels become its input.
 ///
 /// # Errors
 /// As [`OutputDir::begin`]; [`Error::Invalid`] for an empty shard set or features that are not finite; [`Error::Io`].
 pub fn extract(
     extractor: &impl Extractor,
     weights: Input,
+    normalization: Normalization,
     shards: &ShardSet,
     directory: &Path,
     (overwrite, quiet): (bool, bool),
@@ -74,7 +78,8 @@ pub fn extract(
     }
     let details = details_of(shards, &extractor.arch(), extractor.feature_width());
     let inputs = vec![shards.manifest().as_input(SHARDS_ROLE, shards.directory()), weights];
-    let config = serde_json::json!({ "arch": details.arch });
+    let named = (normalization != Normalization::default()).then_some(normalization);
+    let config = serde_json::json!({ "arch": details.arch, PIXEL_NORMALIZATION_KEY: named });
     let identity = Identity::new(Stage::StudentEval, &config, 0, inputs)?;
     let output = match OutputDir::begin(directory, &identity, overwrite)? {
         Begun::Finished(_) => {
@@ -98,7 +103,7 @@ pub fn extract(
             files.push(hash_file(&path)?);
             progress.start_at((files_end(shards, index) * shards.views()) as u64);
         } else {
-            files.push(extract_shard(extractor, shards, index, &details, &path, &progress)?);
+            files.push(extract_shard(extractor, normalization, shards, index, &details, &path, &progress)?);
         }
     }
     progress.finish();
@@ -119,6 +124,7 @@ fn files_end(shards: &ShardSet, index: usize) -> usize {
 
 fn extract_shard(
     extractor: &impl Extractor,
+    normalization: Normalization,
     shards: &ShardSet,
     index: usize,
     details: &FeatureSetDetails,
@@ -139,7 +145,7 @@ fn extract_shard(
     let images: Vec<(usize, usize)> =
         (first..first + samples).flat_map(|sample| (0..views).map(move |view| (sample, view))).collect();
     for images in images.chunks(BATCH) {
-        let features = extractor.features(&normalized_batch(shards, images)?)?;
+        let features = extractor.features(&normalized_batch(shards, images, normalization)?)?;
         if features.dims() != [images.len(), width] {
             return Err(Error::Shape {
                 op: "features",

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use shared::manifest::{MANIFEST_FILE, Manifest, Stage, short};
 use shared::shard::{Shard, ShardSet};
 use shared::tensor_file::TensorFile;
+use shared::transforms::normalize::Normalization;
 use shared::{Error, Fault, Result};
 
 use crate::feature_rows::FeatureRows;
@@ -29,6 +30,9 @@ use crate::feature_rows::FeatureRows;
 pub const SHARDS_ROLE: &str = "shards";
 /// The role under which a feature set records the weights.
 pub const WEIGHTS_ROLE: &str = "weights";
+
+/// Where an identity keeps how pixels were normalised; ImageNet's way is not named there.
+const PIXEL_NORMALIZATION_KEY: &str = "pixel-normalization";
 
 /// What a reader must know of a feature set, kept as the manifest's `details`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -105,6 +109,15 @@ impl FeatureSet {
     /// Architecture, dimensions, classes.
     pub fn details(&self) -> &FeatureSetDetails {
         &self.details
+    }
+
+    /// How pixels became the network's input.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when it names a way that is not known here.
+    pub fn pixel_normalization(&self) -> Result<Normalization> {
+        let named = self.manifest.identity.config.get(PIXEL_NORMALIZATION_KEY).and_then(|value| value.as_str());
+        named.map_or(Ok(Normalization::default()), str::parse)
     }
 
     /// The features, in place.

@@ -5,24 +5,24 @@ use candle_core::{Device, Tensor};
 use crate::embedding::EmbeddingSet;
 use crate::error::Result;
 use crate::shard::ShardSet;
-use crate::transforms::normalize::write_normalized;
+use crate::transforms::normalize::Normalization;
 
 /// Gathers views as one normalised batch.
 ///
 /// # Shapes
 /// - `rows`: `B` pairs of a sample's index and a view
-/// - returns: `(B, H, W, 3)` f32, normalised by ImageNet's mean and standard deviation
+/// - returns: `(B, H, W, 3)` f32, normalised as the network expects them
 ///
 /// # Errors
 /// [`crate::Error::Tensor`] when the memory cannot become a tensor.
 ///
 /// # Panics
 /// When an index or a view is out of range.
-pub fn normalized_batch(shards: &ShardSet, rows: &[(usize, usize)]) -> Result<Tensor> {
+pub fn normalized_batch(shards: &ShardSet, rows: &[(usize, usize)], normalization: Normalization) -> Result<Tensor> {
     let (height, width) = (shards.height(), shards.width());
     let mut values = vec![0f32; rows.len() * height * width * 3];
     for (&(index, view), row) in rows.iter().zip(values.chunks_exact_mut((height * width * 3).max(1))) {
-        write_normalized(shards.pixels(index, view)?, row);
+        normalization.write(shards.pixels(index, view)?, row);
     }
     Ok(Tensor::from_vec(values, (rows.len(), height, width, 3), &Device::Cpu)?)
 }
@@ -54,7 +54,6 @@ mod tests {
     use super::*;
     use crate::manifest::{Identity, Manifest, Stage};
     use crate::shard::{ShardSetDetails, ShardWriter, VIEW_PARAMETERS, shard_file_name};
-    use crate::transforms::normalize::{IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD};
 
     #[test]
     fn rows_come_in_the_order_asked_across_shards() {
@@ -71,13 +70,15 @@ mod tests {
         let counts = BTreeMap::from([("samples".to_string(), 2)]);
         Manifest::new(identity, counts, serde_json::json!(details), files).write(dir.path()).unwrap();
         let shards = ShardSet::open(dir.path()).unwrap();
-        let batch = normalized_batch(&shards, &[(1, 0), (0, 1)]).unwrap();
-        assert_eq!(batch.dims(), [2, 1, 1, 3]);
-        let expected =
-            |byte: u8, c: usize| (f32::from(byte) / 255.0 - IMAGENET_DEFAULT_MEAN[c]) / IMAGENET_DEFAULT_STD[c];
-        let values = batch.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let bytes = [10, 11, 12, 3, 4, 5];
-        let expected: Vec<f32> = bytes.iter().enumerate().map(|(i, &byte)| expected(byte, i % 3)).collect();
-        assert_eq!(values, expected);
+        for normalization in [Normalization::Imagenet, Normalization::Inception] {
+            let batch = normalized_batch(&shards, &[(1, 0), (0, 1)], normalization).unwrap();
+            assert_eq!(batch.dims(), [2, 1, 1, 3]);
+            let (mean, std) = (normalization.mean(), normalization.std());
+            let expected = |byte: u8, c: usize| (f32::from(byte) / 255.0 - mean[c]) / std[c];
+            let values = batch.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let expected: Vec<f32> = bytes.iter().enumerate().map(|(i, &byte)| expected(byte, i % 3)).collect();
+            assert_eq!(values, expected);
+        }
     }
 }

@@ -7,6 +7,7 @@ use clap::ValueEnum;
 use clap::builder::PossibleValue;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::transforms::normalize::Normalization;
 use crate::{Error, Result};
 
 /// The architecture of a backbone.
@@ -111,6 +112,21 @@ impl Arch {
             Self::VitTinyPatch16 | Self::VitTinyPatch8 | Self::XcitTiny12Patch16 => 192,
             Self::VitSmallPatch16 | Self::VitSmallPatch8 | Self::XcitSmall12Patch16 => 384,
             Self::VitBasePatch16 | Self::VitBasePatch8 => 768,
+        }
+    }
+
+    /// How the pixels were normalised for the weights that are published under this name.
+    ///
+    /// # Source
+    /// `mean` and `std` of timm's pretrained configurations.
+    pub fn pixel_normalization(self) -> Normalization {
+        match self {
+            Self::EfficientNetLite0
+            | Self::EfficientNetLite1
+            | Self::EfficientNetLite2
+            | Self::EfficientNetLite3
+            | Self::EfficientNetLite4 => Normalization::Inception,
+            _ => Normalization::Imagenet,
         }
     }
 

@@ -253,10 +253,22 @@ impl Encoder {
     /// # Errors
     /// As [`Encoder::features`]; `Error::Invalid` when the encoder has no head.
     pub fn embeddings(&self, xs: &Tensor, mode: Mode) -> Result<Tensor> {
+        ops::l2_normalise(&self.head_outputs(xs, mode)?, &self.pass(mode))
+    }
+
+    /// The head applied to the features: embeddings before they are scaled to unit length.
+    ///
+    /// # Shapes
+    /// - `xs`: `(B, H, W, 3)` f32, normalised images
+    /// - returns: `(B, D)` f32
+    ///
+    /// # Errors
+    /// As [`Encoder::embeddings`].
+    pub fn head_outputs(&self, xs: &Tensor, mode: Mode) -> Result<Tensor> {
         let head = self.layers.head()?;
         let mut pass = self.pass(mode);
         let features = self.layers.backbone.forward(&mut pass, xs)?;
-        ops::l2_normalise(&ops::projection_head(&features, head, &pass)?, &pass)
+        ops::projection_head(&features, head, &pass)
     }
 
     /// Runs the backbone's definition by another interpreter, up to the pooled features.

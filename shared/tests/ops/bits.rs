@@ -8,6 +8,7 @@ use shared::ops::{Activation, Engine, Gate, Geometry, Mode, Pass};
 
 use crate::block::{Spec, Squeeze, drawn};
 use crate::support::{ACTIVATIONS, GROUPS, TRAIN, TestResult, flat, normal, pass};
+use crate::token_block::{self, TokenSpec};
 use crate::twins::{Results, run};
 
 const SIZE: [usize; 3] = [6, 20, 18];
@@ -17,7 +18,7 @@ const SQUEEZE: Squeeze = Squeeze { channels: 3, act: Activation::Silu, gate: Gat
 /// Every block, and every kernel of convolutions, at [`SIZE`] large enough for several pieces.
 fn specs() -> Vec<Spec> {
     let convolution = |geometry, residual| Spec::ConvBn { geometry, act: Activation::Relu, residual };
-    vec![
+    let mut specs = vec![
         convolution(Geometry::same(20, 40, 3, 1), true),
         convolution(Geometry::same(20, 40, 5, 2), false),
         convolution(Geometry::same(40, 70, 1, 1), true),
@@ -35,7 +36,11 @@ fn specs() -> Vec<Spec> {
         Spec::ProjectionHead { inputs: 70, hidden: 90, outputs: 40 },
         Spec::L2Normalise { width: 40 },
         Spec::InfoNce { width: 40, queue: 5000, temperature: 6.0 },
-    ]
+    ];
+    // A patch has several pixels.
+    let fits = |spec: &TokenSpec| !matches!(spec, TokenSpec::EmbedPatches { channels, .. } if *channels > 6);
+    specs.extend(token_block::all().into_iter().filter(fits).map(Spec::Token));
+    specs
 }
 
 fn extras(spec: &Spec, size: [usize; 3]) -> Result<Vec<Tensor>, Error> {
@@ -123,6 +128,7 @@ pub(crate) fn nan_is_never_lost() -> TestResult {
         Spec::Bottleneck { inputs: 9, width: 5, outputs: 18, stride: 2 },
         Spec::ProjectionHead { inputs: 4, hidden: 5, outputs: 18 },
     ]);
+    specs.extend(token_block::all().into_iter().map(Spec::Token));
     for spec in specs {
         let (block, store) = spec.build(DType::F32)?;
         store.load(&drawn(&store, 1)?)?;

@@ -10,6 +10,7 @@ use shared::ops::{
 };
 
 use crate::support::{flat, normal};
+use crate::token_block::{TokenBlock, TokenSpec};
 
 /// A block to be made.
 #[derive(Debug, Clone, Copy)]
@@ -64,6 +65,7 @@ pub(crate) enum Spec {
         queue: usize,
         temperature: f64,
     },
+    Token(TokenSpec),
 }
 
 /// A squeeze-excite to be made.
@@ -88,6 +90,7 @@ pub(crate) enum Block {
     ProjectionHead(ProjectionHead),
     L2Normalise,
     InfoNce { temperature: f64 },
+    Token(TokenBlock),
 }
 
 impl Spec {
@@ -103,8 +106,10 @@ impl Spec {
     }
 
     /// The shape of the input; rows have no sides.
-    pub(crate) fn input_shape(&self, [batch, height, width]: [usize; 3]) -> Vec<usize> {
+    pub(crate) fn input_shape(&self, size: [usize; 3]) -> Vec<usize> {
+        let [batch, height, width] = size;
         match *self {
+            Self::Token(spec) => spec.input_shape(size),
             Self::Linear { inputs, .. } | Self::ProjectionHead { inputs, .. } => vec![batch, inputs],
             Self::L2Normalise { width } | Self::InfoNce { width, .. } => vec![batch, width],
             _ => vec![batch, height, width, self.channels()],
@@ -118,7 +123,11 @@ impl Spec {
             Self::BasicBlock { inputs, .. } | Self::Bottleneck { inputs, .. } => inputs,
             Self::MbConv { depthwise, expand_from, .. } => expand_from.unwrap_or(depthwise.in_channels),
             Self::MaxPool { channels } | Self::GlobalAveragePool { channels } => channels,
-            Self::Linear { .. } | Self::ProjectionHead { .. } | Self::L2Normalise { .. } | Self::InfoNce { .. } => 0,
+            Self::Linear { .. }
+            | Self::ProjectionHead { .. }
+            | Self::L2Normalise { .. }
+            | Self::InfoNce { .. }
+            | Self::Token(_) => 0,
         }
     }
 
@@ -190,6 +199,7 @@ impl Spec {
             }),
             Self::L2Normalise { .. } => Block::L2Normalise,
             Self::InfoNce { temperature, .. } => Block::InfoNce { temperature },
+            Self::Token(spec) => Block::Token(spec.declare(builder)?),
         })
     }
 }
@@ -212,6 +222,7 @@ impl Block {
                 let (loss, top1) = ops::info_nce(xs, &extras[0], &extras[1], *temperature, pass.engine)?;
                 Ok(Tensor::stack(&[loss, top1], 0)?)
             }
+            Self::Token(block) => block.forward(xs, pass),
         }
     }
 
@@ -253,7 +264,9 @@ impl Block {
             }
             Self::Linear(params, act) => walk.linear(xs, params, kinks(*act)).map(drop),
             Self::ProjectionHead(params) => walk.linear(xs, &params.hidden, kinks(Activation::Relu)).map(drop),
-            Self::MaxPool | Self::GlobalAveragePool | Self::L2Normalise | Self::InfoNce { .. } => Ok(()),
+            Self::MaxPool | Self::GlobalAveragePool | Self::L2Normalise | Self::InfoNce { .. } | Self::Token(_) => {
+                Ok(())
+            }
         }
     }
 }

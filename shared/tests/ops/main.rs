@@ -4,6 +4,7 @@ mod bits;
 mod block;
 mod finite_differences;
 mod support;
+mod token_block;
 mod twins;
 
 use candle_core::{DType, Device, Tensor, Var};
@@ -69,6 +70,11 @@ fn inverted_residual_blocks() -> TestResult {
 #[test]
 fn pools_and_rows() -> TestResult {
     twins::pools_and_rows()
+}
+
+#[test]
+fn blocks_of_transformers() -> TestResult {
+    twins::blocks_of_transformers()
 }
 
 #[test]

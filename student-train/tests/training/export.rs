@@ -22,7 +22,7 @@ fn export(workspace: &Workspace, run: &str, file: &str, more: &str) -> Result<Ex
     let args = Args::try_parse_from(words).map_err(|e| Error::usage(e.to_string()))?;
     match student_train::run(&args)? {
         Summary::Exported(exported) => Ok(exported),
-        Summary::Trained(_) => Err(Error::usage("not an export")),
+        Summary::Trained(_) | Summary::Imported(_) => Err(Error::usage("not an export")),
     }
 }
 

@@ -15,6 +15,7 @@ use shared::models::{Arch, Encoder};
 use shared::ops::Mode;
 use shared::output::UNFINISHED_FILE;
 use shared::shard::ShardSet;
+use shared::transforms::normalize::Normalization;
 use shared::weights::names::Method;
 use shared::{Error, Fault};
 use teacher_embed::config::{EmbedConfig, VerifyConfig};
@@ -75,7 +76,7 @@ fn every_row_is_the_teachers_embedding_of_its_own_view() {
     let teacher = Encoder::new(Arch::ResNet18, Some(HEAD), 1).unwrap();
     let shards = ShardSet::open(&config.shards).unwrap();
     for (index, row) in rows(&config).iter().enumerate() {
-        let xs = normalized_batch(&shards, &[(index / VIEWS, index % VIEWS)]).unwrap();
+        let xs = normalized_batch(&shards, &[(index / VIEWS, index % VIEWS)], Normalization::Imagenet).unwrap();
         let expected = teacher.embeddings(&xs, Mode::Eval).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
         assert!(distance(row, &expected) < 1e-5, "row {index}");
     }
@@ -347,4 +348,57 @@ fn a_run_and_its_checkpoint_give_the_query_encoder() {
     fs::remove_file(run.join(MANIFEST_FILE)).unwrap();
     let hint = embed(&EmbedConfig { arch: None, ..config }).unwrap_err().hint().unwrap();
     assert!(hint.contains("student-train") && hint.contains("step-00000004.safetensors"), "{hint}");
+}
+
+#[test]
+fn pixels_are_normalised_as_asked_and_as_the_architecture_was_published() {
+    let bench = bench();
+    let lite = Encoder::new(Arch::EfficientNetLite0, None, 1).unwrap();
+    let write = |name: &str, mean: &str| {
+        let metadata = BTreeMap::from([("mean".to_owned(), mean.to_owned())]);
+        let path = bench.path().join(name);
+        shared::tensor_file::write_tensors(&path, &metadata, &lite.store().to_tensors().unwrap()).unwrap();
+        path
+    };
+    let (published, exported) = (write("a.safetensors", "unknown"), write("b.safetensors", "[0.485, 0.456, 0.406]"));
+    let shards = ShardSet::open(&bench.config.shards).unwrap();
+    let imagenet = Normalization::Imagenet;
+    for (name, weights, asked, expected) in [
+        ("published", &published, None, Normalization::Inception),
+        ("asked", &published, Some(imagenet), imagenet),
+        ("exported", &exported, None, imagenet),
+    ] {
+        let config = EmbedConfig {
+            weights: weights.clone(),
+            pixel_normalization: asked,
+            dtype: EmbeddingDtype::F32,
+            ..bench.writing_to(name)
+        };
+        let embedded = embed(&config).unwrap();
+        assert_eq!(embedded.pixel_normalization, expected, "{name}");
+        assert!(embedded.to_string().contains(&format!("width 1280, {expected} pixels")), "{embedded}");
+        let xs = normalized_batch(&shards, &[(13, 1)], expected).unwrap();
+        let features: Vec<f32> = lite.features(&xs, Mode::Eval).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        let norm = features.iter().map(|x| x * x).sum::<f32>().sqrt();
+        let unit: Vec<f32> = features.iter().map(|x| x / norm).collect();
+        assert!(distance(&rows(&config)[13 * VIEWS + 1], &unit) < 1e-6, "{name}");
+
+        let verify_config = VerifyConfig {
+            embeddings: config.output.clone(),
+            shards: None,
+            weights: Some(weights.clone()),
+            sample: 5,
+            threads: None,
+            json: false,
+            quiet: true,
+        };
+        assert!(verify(&verify_config).unwrap().max_cosine_distance.unwrap() < 1e-6, "{name}");
+    }
+    let (first, second) = (rows(&bench.writing_to("published")), rows(&bench.writing_to("asked")));
+    assert!(distance(&first[0], &second[0]) > 1e-4, "or the test shows nothing");
+    let config =
+        EmbedConfig { weights: published, pixel_normalization: Some(imagenet), ..bench.writing_to("published") };
+    let config = EmbedConfig { dtype: EmbeddingDtype::F32, ..config };
+    let error = embed(&config).unwrap_err();
+    assert!(matches!(&error, Error::Chain { what, .. } if what == "`pixel-normalization`"), "{error}");
 }

@@ -6,6 +6,8 @@ mod golden_costs;
 mod golden_disco;
 mod golden_losses;
 mod golden_models;
+mod golden_pca;
 mod golden_teachers;
 mod golden_transformers;
 mod pipeline;
+mod readme;

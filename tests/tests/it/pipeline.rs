@@ -1,12 +1,17 @@
 //! The four stages in sequence, as a user runs them, and the same bytes whatever the number of threads.
 
+use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
+use candle_core::{DType, Device, Tensor};
 use clap::Parser as _;
 use serde_json::Value;
-use tests::{assert_same_contents, write_photos};
+use shared::models::{Arch, Encoder};
+use shared::run::Run;
+use shared::tensor_file::write_tensors;
+use tests::{assert_same_contents, contents, write_photos};
 
 /// Words of a command line.
 fn words<'a>(program: &'a str, line: &'a str) -> impl Iterator<Item = &'a str> {
@@ -95,9 +100,64 @@ fn distillation_brings_the_student_closer_to_its_teacher() -> Result<()> {
     student_train(&format!(
         "distill --shards {at}/shards --embeddings {at}/embeddings --output {at}/student {longer}"
     ))?;
-    let run = shared::run::Run::open(scratch.path().join("student"))?;
+    let run = Run::open(scratch.path().join("student"))?;
     let epochs = run.metrics()?.epochs;
     let distance = |epoch: usize| epochs[epoch].losses.distill_q.unwrap_or(f32::NAN);
     assert!(distance(5) < 0.7 * distance(0), "{} then {}", distance(0), distance(5));
     Ok(())
+}
+
+/// A classifier as timm saves it.
+fn write_classifier(path: &Path, arch: Arch) -> Result<()> {
+    let mut tensors = Encoder::new(arch, None, 1)?.store().to_tensors()?;
+    let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu);
+    tensors.insert("classifier.weight".into(), zeros(&[10, arch.feature_width()])?);
+    tensors.insert("classifier.bias".into(), zeros(&[10])?);
+    write_tensors(path, &BTreeMap::new(), &tensors)?;
+    Ok(())
+}
+
+/// The contents of all feature files below a directory, by file name.
+fn features(root: PathBuf) -> Result<BTreeMap<String, Vec<u8>>> {
+    let named = |(path, bytes): (String, Vec<u8>)| {
+        let name = Path::new(&path).file_name()?.to_string_lossy().into_owned();
+        (name.starts_with("features-")).then_some((name, bytes))
+    };
+    Ok(contents(&root)?.into_iter().filter_map(named).collect())
+}
+
+#[test]
+fn a_checkpoint_of_others_goes_through_all_stages() -> Result<()> {
+    let scratch = tempfile::tempdir()?;
+    let at = scratch.path().display();
+    write_photos(&scratch.path().join("photos"), 4, 1)?;
+    let pack = format!("pack --input {at}/photos --size 32 --quiet");
+    data_prep(&format!("{pack} --output {at}/shards --recipe moco-v2 --views 2"))?;
+    data_prep(&format!("{pack} --output {at}/probe --recipe eval-center"))?;
+    write_classifier(&scratch.path().join("theirs.safetensors"), Arch::MobileNetV3Large)?;
+    student_train(&format!("import {at}/theirs.safetensors --output {at}/imported.safetensors"))?;
+
+    // The imported file is evaluated as the checkpoint itself.
+    for name in ["theirs", "imported"] {
+        let source = format!("{at}/{name}.safetensors --output {at}/of-{name} --quiet");
+        student_eval(&format!("features --shards {at}/probe {source}"))?;
+        student_eval(&format!("knn --train {at}/probe -k 1,5 {source}"))?;
+    }
+    let [theirs, imported] = ["of-theirs", "of-imported"].map(|name| features(scratch.path().join(name)));
+    let (theirs, imported) = (theirs?, imported?);
+    assert!(!theirs.is_empty() && theirs == imported);
+
+    // It is a teacher, and the start of a student.
+    teacher_embed(&format!(
+        "embed --shards {at}/shards --weights {at}/imported.safetensors --output {at}/embeddings --quiet"
+    ))?;
+    let tiny = TINY.replace("--embedding-dim 16", "").replace("resnet18", "mobilenetv3_large_100");
+    student_train(&format!(
+        "distill --shards {at}/shards --embeddings {at}/embeddings --init {at}/imported.safetensors \
+         --output {at}/student {tiny}"
+    ))?;
+    let run = Run::open(scratch.path().join("student"))?;
+    let weights = shared::io::hash_file(scratch.path().join("imported.safetensors"))?.blake3;
+    assert_eq!(run.manifest().input("init").map(|input| input.fingerprint.as_str()), Some(weights.as_str()));
+    student_eval(&format!("report {at}/student --output {at}/report --quiet"))
 }

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 
-use super::Recognised;
 use super::prefixes::Source;
+use super::{BATCH_COUNT, Recognised};
 use crate::error::{Error, Result};
 use crate::models::MlpHead;
 use crate::weights::Checkpoint;
@@ -30,6 +30,22 @@ impl Recognised {
             Ok((name.clone(), part))
         };
         self.sources.iter().map(read).collect()
+    }
+
+    /// The counts of batches that the file has, under the network's own names: `f32`, for a network that is trained on.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] when the numbers cannot be read.
+    pub fn load_batch_counts(&self, checkpoint: &Checkpoint) -> Result<BTreeMap<String, Tensor>> {
+        let mut counts = BTreeMap::new();
+        for (name, source) in &self.sources {
+            let beside = |name: &str| Some(format!("{}{BATCH_COUNT}", name.strip_suffix("running_mean")?));
+            let (Some(count), Some(found)) = (beside(name), beside(&source.name)) else { continue };
+            if checkpoint.entry(&found).is_ok_and(|entry| entry.shape().is_empty()) {
+                counts.insert(count, checkpoint.tensor(&found)?);
+            }
+        }
+        Ok(counts)
     }
 
     /// The head with its weights, if the embedding has one.

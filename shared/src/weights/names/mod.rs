@@ -73,6 +73,9 @@ pub struct Recognised {
     /// Where in the file the tensors of the network are.
     #[serde(skip)]
     sources: BTreeMap<String, Source>,
+    /// Whether an unexpected tensor is a layer of the network's own kind.
+    #[serde(skip)]
+    further_layers: bool,
 }
 
 impl Recognised {
@@ -84,10 +87,7 @@ impl Recognised {
     /// Whether the file has further layers of the network's own kind: then it holds another network, even if all of a
     /// smaller one is in it.
     pub fn has_further_layers(&self) -> bool {
-        self.unexpected
-            .iter()
-            .filter_map(|name| name.strip_prefix(&self.prefix))
-            .any(|own| own.starts_with("fc.") || NUMBERED.iter().any(|layer| own.starts_with(layer)))
+        self.further_layers
     }
 
     /// What the tensors of a vision transformer do not tell: `MoCo` v3's small one has twice as many heads as others, and DINO
@@ -152,6 +152,11 @@ pub fn fit(entries: &[(String, Vec<usize>)], arch: Arch, method: Option<Method>)
         }
     }
     Ok(best)
+}
+
+/// Whether a name that a network does not have is of its kind all the same.
+fn is_further_layer(name: &str) -> bool {
+    name.starts_with("fc.") || NUMBERED.iter().any(|layer| name.starts_with(layer))
 }
 
 fn is_batch_count(name: &str) -> bool {
@@ -235,6 +240,7 @@ impl Comparison {
             left_over: Vec::new(),
             trained_by: told.trained_by,
             sources: self.sources,
+            further_layers: false,
         };
         let site = match method {
             Method::Supervised | Method::Backbone => None,
@@ -257,7 +263,11 @@ impl Comparison {
             match surroundings.kind(name) {
                 _ if of_network && is_batch_count(name) => {}
                 Some(kind) => *left_over.entry(kind).or_default() += 1,
-                None => found.unexpected.push(name.to_owned()),
+                None => {
+                    let own = place.network_name(name);
+                    found.further_layers |= own.is_some_and(|own| is_further_layer(&own));
+                    found.unexpected.push(name.to_owned());
+                }
             }
         }
         found.left_over = left_over.into_iter().map(|(what, tensors)| LeftOver { what, tensors }).collect();

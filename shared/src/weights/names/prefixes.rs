@@ -1,8 +1,8 @@
 //! Where in a file a network is: the prefix before its names, and what its names stand for.
 //!
 //! Training programs wrap networks in others, so that a name is `module.encoder_q.conv1.weight`, and some number the layers
-//! of a residual network instead of naming them. A place is found by looking for the convolution that every network
-//! begins with.
+//! of a residual network instead of naming them; torchvision numbers those of an EfficientNet, which timm names. A place is
+//! found by looking for the convolution that every network begins with.
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
@@ -19,6 +19,31 @@ const XCIT_POSITIONS: (&str, &str) = ("pos_embeder.", "pos_embed.");
 /// One layer in the class attention of the official code, and the three of timm that it stands for, in the order of their rows.
 const XCIT_CLASS_ATTENTION: (&str, &str, [&str; 3]) =
     ("cls_attn_blocks.", ".attn.qkv.", [".attn.q.", ".attn.k.", ".attn.v."]);
+/// The first layer of torchvision's EfficientNet.
+const FEATURES_STEM: &str = "features.0.0.weight";
+/// What torchvision and timm call the layers of an EfficientNet outside its blocks.
+const FEATURES_LAYERS: &[(&str, &str)] =
+    &[("0.0.", "conv_stem."), ("0.1.", "bn1."), ("8.0.", "conv_head."), ("8.1.", "bn2.")];
+/// What they call the layers of its first block, which does not widen.
+const DEPTHWISE_LAYERS: &[(&str, &str)] = &[
+    ("0.0.", "conv_dw."),
+    ("0.1.", "bn1."),
+    ("1.fc1.", "se.conv_reduce."),
+    ("1.fc2.", "se.conv_expand."),
+    ("2.0.", "conv_pw."),
+    ("2.1.", "bn2."),
+];
+/// What they call the layers of its other blocks.
+const INVERTED_LAYERS: &[(&str, &str)] = &[
+    ("0.0.", "conv_pw."),
+    ("0.1.", "bn1."),
+    ("1.0.", "conv_dw."),
+    ("1.1.", "bn2."),
+    ("2.fc1.", "se.conv_reduce."),
+    ("2.fc2.", "se.conv_expand."),
+    ("3.0.", "conv_pwl."),
+    ("3.1.", "bn3."),
+];
 /// Words before the network that is to be taken, the likeliest first.
 const PREFERRED: &[&str] = &[
     "encoder_q",
@@ -75,6 +100,8 @@ pub(super) enum Naming {
     Usual,
     /// By the number of the layer.
     Numbered,
+    /// By the number of the stage, as torchvision's EfficientNets.
+    Features,
 }
 
 /// A tensor of a network in the file.
@@ -120,6 +147,11 @@ impl Place {
         found
     }
 
+    /// A name of the file as the network gives it; none when it is elsewhere.
+    pub(super) fn network_name(&self, name: &str) -> Option<String> {
+        name.strip_prefix(&self.prefix).map(|own| self.naming.network_name(own))
+    }
+
     /// The prefixes that hold this one, the nearest first; the last is empty.
     pub(super) fn outer_prefixes(&self) -> impl Iterator<Item = &str> {
         let mut rest = self.prefix.as_str();
@@ -133,9 +165,11 @@ impl Place {
 
 impl Naming {
     fn network_name(self, own: &str) -> String {
-        let (official, usual) = XCIT_POSITIONS;
-        let table = if self == Self::Numbered { NUMBERED_LAYERS } else { &[(official, usual)] };
-        let renamed = table.iter().find_map(|(file, network)| Some(format!("{network}{}", own.strip_prefix(file)?)));
+        let renamed = match self {
+            Self::Usual => renamed_by(&[XCIT_POSITIONS], own),
+            Self::Numbered => renamed_by(NUMBERED_LAYERS, own),
+            Self::Features => own.strip_prefix("features.").and_then(timm_name),
+        };
         renamed.unwrap_or_else(|| own.to_owned())
     }
 }
@@ -149,16 +183,38 @@ fn parts(own: &str, shape: &[usize]) -> Option<impl Iterator<Item = (String, usi
     Some(three.into_iter().enumerate().map(move |(index, part)| (name(part), rows, index * rows)))
 }
 
+/// A name with its beginning replaced, by the first entry that fits.
+fn renamed_by(table: &[(&str, &str)], name: &str) -> Option<String> {
+    table.iter().find_map(|(theirs, ours)| name.strip_prefix(theirs).map(|rest| format!("{ours}{rest}")))
+}
+
+/// What timm calls a tensor of torchvision's EfficientNet, `features.` left out.
+fn timm_name(name: &str) -> Option<String> {
+    if let Some(outside) = renamed_by(FEATURES_LAYERS, name) {
+        return Some(outside);
+    }
+    let (stage, rest) = name.split_once('.')?;
+    let (block, layer) = rest.split_once(".block.")?;
+    let stage = stage.parse::<usize>().ok()?.checked_sub(1)?;
+    let layer = renamed_by(if stage == 0 { DEPTHWISE_LAYERS } else { INVERTED_LAYERS }, layer)?;
+    Some(format!("blocks.{stage}.{block}.{layer}"))
+}
+
 /// Places with a stem for pictures of three channels, the likeliest first.
 pub(super) fn places(names: &Names<'_>) -> Vec<Place> {
     let mut found = Vec::new();
     for (name, shape) in names.iter() {
         let naming = match shape {
             [_, 3, 7, 7] if name == NUMBERED_STEM || name.ends_with(".0.weight") => Naming::Numbered,
+            [_, 3, 3, 3] if name.ends_with(FEATURES_STEM) => Naming::Features,
             [_, 3, _, _] => Naming::Usual,
             _ => continue,
         };
-        let stems = if naming == Naming::Numbered { &[NUMBERED_STEM][..] } else { STEMS };
+        let stems = match naming {
+            Naming::Usual => STEMS,
+            Naming::Numbered => &[NUMBERED_STEM][..],
+            Naming::Features => &[FEATURES_STEM][..],
+        };
         let prefix = stems.iter().find_map(|stem| name.strip_suffix(stem));
         if let Some(prefix) = prefix.filter(|prefix| prefix.is_empty() || prefix.ends_with('.')) {
             found.push(Place { prefix: prefix.to_owned(), naming });

@@ -115,6 +115,20 @@ fn a_deeper_network_is_not_taken_for_the_smaller_one_in_it() {
 }
 
 #[test]
+fn a_deeper_network_with_numbered_layers_is_not_taken_for_the_smaller_one_in_it() {
+    let numbers =
+        [("conv1.", "0."), ("bn1.", "1."), ("layer1.", "4."), ("layer2.", "5."), ("layer3.", "6."), ("layer4.", "7.")];
+    let mut entries = network(Arch::ResNet34, "");
+    for (name, _) in &mut entries {
+        let renamed = numbers.iter().find_map(|(layer, number)| Some(format!("{number}{}", name.strip_prefix(layer)?)));
+        *name = renamed.unwrap();
+    }
+    assert_eq!(first(&entries).arch, Arch::ResNet34);
+    let smaller = fit(&entries, Arch::ResNet18, None).unwrap();
+    assert!(smaller.is_complete() && smaller.has_further_layers());
+}
+
+#[test]
 fn batch_counts_may_be_absent() {
     let mut entries = projection(network(Arch::ResNet18, ""), "fc.", 512);
     entries.retain(|(name, _)| !is_batch_count(name));
