@@ -7,8 +7,10 @@ use std::path::Path;
 use serde::Serialize;
 use serde_json::Value;
 use shared::Result;
+use shared::models::VitOptions;
+use shared::ops::PositionResampling;
 use shared::weights::Checkpoint;
-use shared::weights::names::{Recognised, recognise};
+use shared::weights::names::{Method, Recognised, recognise};
 
 use crate::teacher::{names_and_shapes, open_run};
 
@@ -98,6 +100,7 @@ impl fmt::Display for Description {
                 if let Some(head) = &first.head {
                     writeln!(f, "head        {head}")?;
                 }
+                transformer(f, first)?;
                 if !first.alike.is_empty() {
                     let others: Vec<&str> = first.alike.iter().map(|method| method.name()).collect();
                     writeln!(
@@ -136,6 +139,24 @@ impl fmt::Display for Description {
         }
         Ok(())
     }
+}
+
+/// What names and shapes alone do not tell of a vision transformer, and what is taken for it.
+fn transformer(f: &mut fmt::Formatter<'_>, found: &Recognised) -> fmt::Result {
+    if !found.arch.name().starts_with("vit_") {
+        return Ok(());
+    }
+    let options = found.vit_options();
+    if let Some(heads) = options.heads {
+        writeln!(f, "attention   {heads} heads, as MoCo v3 has")?;
+    }
+    if options.positions == PositionResampling::Dino {
+        writeln!(f, "positions   resampled as DINO does for images of other sizes")?;
+    }
+    if found.method == Method::Backbone && options == VitOptions::default() {
+        writeln!(f, "unknown     how it was trained: give `--method dino` or `--method moco-v3` where that is so")?;
+    }
+    Ok(())
 }
 
 /// Text of a file as a terminal may see it.

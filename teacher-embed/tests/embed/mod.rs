@@ -307,6 +307,20 @@ fn description_tells_the_network_and_what_is_left_over() {
 }
 
 #[test]
+fn description_tells_what_is_taken_for_a_transformer() {
+    let directory = tempfile::tempdir().unwrap();
+    let told = |prefix: &str| {
+        let tensors = network(Arch::VitSmallPatch16, None, prefix, 1).unwrap();
+        describe(&write(directory.path(), "vit.safetensors", &tensors).unwrap(), None).unwrap().to_string()
+    };
+    let unknown = "unknown     how it was trained: give `--method dino` or `--method moco-v3` where that is so";
+    let twelve = "attention   12 heads, as MoCo v3 has";
+    let (bare, wrapped) = (told(""), told("module.base_encoder."));
+    assert!(bare.contains(unknown) && !bare.contains(twelve), "{bare}");
+    assert!(wrapped.contains(twelve) && !wrapped.contains(unknown), "{wrapped}");
+}
+
+#[test]
 fn a_run_and_its_checkpoint_give_the_query_encoder() {
     let bench = bench();
     let run = bench.path().join("run");

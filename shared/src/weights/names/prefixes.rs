@@ -100,7 +100,7 @@ pub(super) enum Naming {
     Usual,
     /// By the number of the layer.
     Numbered,
-    /// By the number of the stage, as torchvision's EfficientNets.
+    /// By the number of the stage, as torchvision's `EfficientNet`s.
     Features,
 }
 
