@@ -132,9 +132,12 @@ pub struct EmbedOptions {
     /// Reduce the outputs to their D principal components, before they are scaled to unit length; implies `--center`
     ///
     /// For a teacher with wide features: a student's head then has D outputs to learn, and the cache takes D/F of the space.
-    /// Directions in which the outputs hardly vary are dropped, which is where views of one sample differ most compared with
-    /// samples: agreement between views mostly rises as D falls, until D is too small to tell samples apart. The summary says
-    /// how much of the variance is kept; 128 to 512 is usual. Components are not scaled to equal variance (no whitening).
+    /// Directions in which the outputs hardly vary are dropped; two views of one sample differ along them almost as much as
+    /// two samples do, so agreement between views rises as D falls, until D is too small to tell samples apart. The summary
+    /// says how much of the variance is kept; 128 to 512 is usual. Components are not scaled to equal variance (no whitening).
+    ///
+    /// An example, EfficientNet-Lite0 on 192 photos of five classes, 4 moco-v2 views each: cosine between views of one sample
+    /// 0.68 as it is, 0.57 centred, 0.65 with 256 components, 0.77 with 64; between samples 0.24 as it is, 0.00 in all others.
     ///
     /// D is at most the width of the outputs and less than the number of views in the set. The components are kept in
     /// OUTPUT/projection.safetensors, so that they can be applied to further outputs.

@@ -119,6 +119,7 @@ fn fit_outputs(job: &Job<'_>, directory: &Path) -> Result<Projection> {
     let parts = files.iter().map(|file| file.view::<f32>("embeddings")).collect::<Result<Vec<_>>>()?;
     let passes = if job.config.components().is_some() { 2 } else { 1 };
     let progress = Progress::new("fitting", "rows", passes * job.images(), job.config.quiet);
+    progress.message(if passes == 2 { "the components follow after the last row" } else { "" });
     let projection = fit(&parts, job.outputs.embedding_dim, job.config.components(), &|rows| progress.inc(rows))?;
     progress.finish();
     Ok(projection)

@@ -107,11 +107,8 @@ impl<'a> Job<'a> {
             return Ok(());
         }
         let (needed, working) = self.bytes_to_write();
-        let advice = if self.config.projection.is_some() {
-            "take a narrower `--dtype`, or embed without `--center` and `--pca`"
-        } else {
-            "take a narrower `--dtype`"
-        };
+        let advice =
+            if self.config.projection.is_some() { "embed without `--center` and `--pca`" } else { "pack fewer views" };
         must_fit("embedding", output, needed, free_bytes(output), advice)?;
         if working > 0 && !self.config.quiet {
             let (needed, working) = (human(needed), human(working));
