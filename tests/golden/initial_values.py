@@ -3,6 +3,9 @@
 Written with Python 3.11.7, torch 2.15.0, torchvision 0.29.2, timm 1.0.31 on the CPU; the output states the versions. Residual networks
 are torchvision's, as in the official code: timm draws them from the same distributions, but starts the scale of each block's last
 batch norm at 0 (`zero_init_last`), which is checked here. All others are timm's. The head is two `torch.nn.Linear`, as MoCo v2's.
+
+timm's `trunc_normal_` cuts at -2 and 2, a hundred deviations out, where no value ever should be; but about one in 17 million of its uniform
+numbers is the end of their range, whose inverse error function is infinite, and becomes exactly -2. Such values are left out.
 Run: python tests/golden/initial_values.py > tests/golden/initial_values.json
 """
 
@@ -16,7 +19,7 @@ import torch.nn as nn
 import torchvision
 
 RESNETS = ["resnet18", "resnet34", "resnet50"]
-TIMM = ["efficientnet_b0", "efficientnet_b1", "mobilenetv3_large_100", "tf_efficientnet_lite0"]
+TIMM = ["efficientnet_b0", "efficientnet_b1", "mobilenetv3_large_100", "tf_efficientnet_lite0", "vit_tiny_patch16_224", "xcit_tiny_12_p16_224"]
 DRAWS = 4
 HIDDEN, EMBEDDING = 512, 128
 
@@ -35,6 +38,9 @@ def student(name):
 def statistics(draws):
     """Number of values, mean, standard deviation, kurtosis (normal 3, uniform 1.8), least and largest value."""
     values = np.concatenate([draw.ravel() for draw in draws])
+    clamped = np.abs(values) == 2
+    assert clamped.sum() <= 2
+    values = values[~clamped]
     mean, std = values.mean(), values.std()
     kurtosis = (((values - mean) / std) ** 4).mean()
     return [len(values), *(float(f"{x:.7g}") for x in (mean, std, kurtosis, values.min(), values.max()))]
