@@ -67,8 +67,9 @@ pub struct SourceArgs {
 
     /// How pixels become the input of a file of weights [default: what it says, else what its architecture was published with]
     ///
-    /// EfficientNet-Lite was published with `inception`, every other architecture with `imagenet`; runs and what they export are
-    /// always `imagenet`. Weights that were trained otherwise need this flag: the wrong one raises no error.
+    /// The default is `inception` for EfficientNet-Lite and `imagenet` for every other architecture, and for what runs export.
+    /// Weights that were trained otherwise, such as timm's augreg vision transformers, need this flag: the wrong one raises no
+    /// error. Runs are always `imagenet`.
     #[arg(long, value_name = "PIXELS")]
     pub pixel_normalization: Option<Normalization>,
 

@@ -108,9 +108,9 @@ pub struct EmbedOptions {
 
     /// How pixels become the teacher's input [default: what its weights say, else what its architecture was published with]
     ///
-    /// EfficientNet-Lite was published with `inception`, every other architecture with `imagenet`. Runs of `student-train`
-    /// and what they export are always `imagenet`. Weights that were trained otherwise need this flag: the wrong one
-    /// raises no error, it only makes the embeddings worse.
+    /// The default is `inception` for EfficientNet-Lite and `imagenet` for every other architecture, and for runs of
+    /// `student-train` and what they export. Weights that were trained otherwise, such as timm's augreg vision
+    /// transformers, need this flag: the wrong one raises no error, it only makes the embeddings worse.
     #[arg(long, value_name = "PIXELS")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pixel_normalization: Option<Normalization>,
