@@ -12,7 +12,7 @@ const TEMPERATURE: f64 = 10_000.0;
 /// Added to sides, which are divisors.
 const SIDE_EPS: f64 = 1e-6;
 
-/// Channels of [`fourier`].
+/// Sines and cosines of a place on a grid, which [`crate::ops::add_fourier_positions`] maps to channels.
 pub const FOURIER_CHANNELS: usize = 2 * WAVES;
 
 /// The learned positions of the class token and of a grid of patches.
