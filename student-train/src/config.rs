@@ -307,9 +307,15 @@ mod tests {
         let widths =
             |student| experiments.iter().filter(move |config| config.student == student).map(|c| c.head_hidden);
         // The students of the paper, and the two widths of its narrow heads.
-        for student in
-            [Arch::ResNet18, Arch::ResNet34, Arch::EfficientNetB0, Arch::EfficientNetB1, Arch::MobileNetV3Large]
-        {
+        for student in [
+            Arch::ResNet18,
+            Arch::ResNet34,
+            Arch::EfficientNetB0,
+            Arch::EfficientNetB1,
+            Arch::MobileNetV3Large,
+            Arch::VitTinyPatch16,
+            Arch::XcitTiny12Patch16,
+        ] {
             assert!(widths(student).any(|width| width == 2048), "{student}");
         }
         assert!(widths(Arch::MobileNetV3Large).any(|width| width == 512));

@@ -161,7 +161,17 @@ impl Weights {
 fn find_backbone(checkpoint: &Checkpoint, path: &Path, student: Option<Arch>) -> Result<Recognised> {
     let entries: Vec<(String, Vec<usize>)> =
         checkpoint.entries().iter().map(|entry| (entry.name().to_owned(), entry.shape().to_vec())).collect();
-    let likeliest = recognise(&entries)?.into_iter().next().map(|likeliest| likeliest.arch);
+    let likeliest = recognise(&entries)?.into_iter().next();
+    if likeliest.as_ref().is_some_and(|found| (found.method, found.arch) == (Method::MocoV3, Arch::VitSmallPatch16)) {
+        return Err(Error::invalid(
+            format!(
+                "`{}` holds the ViT-Small of MoCo v3, whose 12 heads of attention are 6 here and in timm",
+                path.display()
+            ),
+            "use it as a teacher: `teacher-embed embed --weights`",
+        ));
+    }
+    let likeliest = likeliest.map(|found| found.arch);
     let Some(arch) = student.or(likeliest) else {
         return Err(Error::invalid(
             format!("`{}` holds no network that is known here", path.display()),

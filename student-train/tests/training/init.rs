@@ -185,9 +185,41 @@ fn what_cannot_be_imported_is_one_sentence_and_no_file() -> Result<()> {
 }
 
 #[test]
+fn moco_v3s_small_transformer_is_no_students_file() -> Result<()> {
+    let workspace = Workspace::new()?;
+    let named = |(name, tensor)| (format!("module.base_encoder.{name}"), tensor);
+    let mut tensors: BTreeMap<String, Tensor> =
+        network(Arch::VitSmallPatch16, None, 1)?.into_iter().map(named).collect();
+    // Its head: linear without bias, batch norm, activation, linear without bias, batch norm without scale.
+    let head: [(&str, &[usize]); 8] = [
+        ("0.weight", &[8, 384]),
+        ("1.weight", &[8]),
+        ("1.bias", &[8]),
+        ("1.running_mean", &[8]),
+        ("1.running_var", &[8]),
+        ("3.weight", &[8, 8]),
+        ("4.running_mean", &[8]),
+        ("4.running_var", &[8]),
+    ];
+    for (name, shape) in head {
+        tensors.insert(format!("module.base_encoder.head.{name}"), Tensor::ones(shape, DType::F32, &Device::Cpu)?);
+    }
+    write(&workspace.path("moco-v3"), &tensors)?;
+    let error = import(&workspace, "moco-v3", "imported.safetensors", &[]).map(|_| ()).unwrap_err();
+    assert!(error.to_string().contains("12 heads of attention"), "{error}");
+    tensors.retain(|name, _| !name.contains(".head."));
+    let bare = tensors.into_iter().map(|(name, tensor)| (name.replace("module.base_encoder.", ""), tensor)).collect();
+    write(&workspace.path("timm"), &bare)?;
+    assert_eq!(import(&workspace, "timm", "imported.safetensors", &[])?.student, "vit_small_patch16_224");
+    Ok(())
+}
+
+#[test]
 fn a_run_starts_from_the_weights_and_statistics_of_a_checkpoint() -> Result<()> {
     let workspace = Workspace::new()?;
-    for (arch, layer) in [(Arch::ResNet18, "fc"), (Arch::MobileNetV3Large, "classifier")] {
+    for (arch, layer) in
+        [(Arch::ResNet18, "fc"), (Arch::MobileNetV3Large, "classifier"), (Arch::XcitTiny12Patch16, "head")]
+    {
         let name = arch.name();
         write(&workspace.path(name), &classifier(arch, layer, 1)?)?;
         let student = format!("--student={name}");
@@ -205,11 +237,12 @@ fn a_run_starts_from_the_weights_and_statistics_of_a_checkpoint() -> Result<()> 
             assert!(expected.iter().zip(&key).all(|(a, b)| (a - b).abs() <= 1e-6 * a.abs()), "{tensor_name}");
         }
         // Two steps of two passes count on from the checkpoint's statistics, whose variances are 2 and not 1.
-        let counter = floats(&checkpoint.tensor("query.bn1.num_batches_tracked")?)?;
+        let norm = init.keys().find_map(|name| name.strip_suffix("num_batches_tracked")).unwrap_or_default();
+        let counter = floats(&checkpoint.tensor(&format!("query.{norm}num_batches_tracked"))?)?;
         assert!(counter[0] > 7.0, "{counter:?}");
-        let (started, drawn) =
-            (started.query_encoder()?.store().to_tensors()?, drawn.query_encoder()?.store().to_tensors()?);
-        let variances = |tensors: &BTreeMap<String, Tensor>| floats(&tensors["bn1.running_var"]);
+        let encoder = |run: &Run| run.query_encoder()?.store().to_tensors();
+        let (started, drawn) = (encoder(&started)?, encoder(&drawn)?);
+        let variances = |tensors: &BTreeMap<String, Tensor>| floats(&tensors[&format!("{norm}running_var")]);
         assert_ne!(variances(&started)?, variances(&drawn)?);
         // The head is the drawn one.
         assert!(floats(&started["fc.2.weight"])? == floats(&drawn["fc.2.weight"])?);
