@@ -74,6 +74,20 @@ fn help_names_every_default() -> Result<()> {
 }
 
 #[test]
+fn help_of_export_shows_how_to_read_each_format() -> Result<()> {
+    let mut process = Command::new(env!("CARGO_BIN_EXE_student-train"));
+    process.args(["export", "--help"]);
+    let (status, stdout, _) = output(process)?;
+    assert_eq!(status, Some(0));
+    for word in
+        ["safetensors.torch.load_file(", "weights_only=True", "cfg.MODEL.WEIGHTS", "onnxruntime.InferenceSession("]
+    {
+        assert!(stdout.contains(word), "{word} is not in {stdout}");
+    }
+    Ok(())
+}
+
+#[test]
 fn instruction_set_can_be_chosen_and_is_recorded() -> Result<()> {
     let workspace = Workspace::new()?;
     for isa in [Isa::Portable, Isa::Avx2, Isa::Avx512] {

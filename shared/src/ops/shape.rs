@@ -170,3 +170,40 @@ impl std::fmt::Display for Shape {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const IMAGE: Shape = Shape::Image { channels: 8, height: 9, width: 4 };
+    const ROW: Shape = Shape::Row { channels: 8 };
+
+    fn refused(result: Result<Shape>) -> String {
+        match result.unwrap_err() {
+            Error::Shape { op, expected, got } => format!("{op}: {expected}, {got}"),
+            other => panic!("{other}"),
+        }
+    }
+
+    #[test]
+    fn sides_and_channels_follow_the_blocks() {
+        let strided = Geometry::same(8, 16, 3, 2);
+        assert_eq!(IMAGE.convolved(&strided).unwrap(), Shape::Image { channels: 16, height: 5, width: 2 });
+        assert_eq!(IMAGE.max_pooled().unwrap(), Shape::Image { channels: 8, height: 5, width: 2 });
+        assert_eq!(IMAGE.averaged().unwrap(), ROW);
+        assert_eq!(IMAGE.with_first_token(), Shape::Tokens { count: 37, channels: 8 });
+        let tokens = Shape::Tokens { count: 37, channels: 24 };
+        assert_eq!(tokens.attended(4).unwrap(), IMAGE.with_first_token());
+        assert_eq!((tokens.positions(), ROW.positions()), (37, 1));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_told_with_both_shapes() {
+        assert_eq!(refused(IMAGE.convolved(&Geometry::same(3, 16, 3, 2))), "convolution: (H, W, 3), (9, 4, 8)");
+        assert_eq!(refused(ROW.averaged()), "global_average_pool: (H, W, C), (8)");
+        assert_eq!(refused(ROW.max_pooled()), "max_pool: (H, W, C), (8)");
+        let tokens = IMAGE.with_first_token();
+        assert_eq!(refused(tokens.attended(3)), "attention: (N, C) with C a multiple of 9, (37, 8)");
+        assert_eq!(refused(ROW.expect("add_branch", IMAGE).map(|()| ROW)), "add_branch: (9, 4, 8), (8)");
+    }
+}
