@@ -10,6 +10,7 @@ use std::path::Path;
 use shared::manifest::{Input, Stage};
 use shared::models::HeadConfig;
 use shared::output::recorded_identity;
+use shared::transforms::normalize::Normalization;
 use shared::{Error, Result};
 
 use crate::config::{Config, Plan};
@@ -70,7 +71,13 @@ impl Init {
         student.start_from(&tensors)?;
         let (count, arch) = (tensors.len(), weights.arch());
         let head = if self.head.is_some() { "the head is taken too" } else { "the head is drawn" };
-        Ok(format!("starting from {count} tensors of {arch} in `{}`; {head}", self.input.path))
+        let (theirs, ours) = (weights.pixel_normalization(), Normalization::default());
+        let pixels = if theirs == ours {
+            String::new()
+        } else {
+            format!("; they are made for pixels normalised as {}, a run normalises as {}", theirs.name(), ours.name())
+        };
+        Ok(format!("starting from {count} tensors of {arch} in `{}`; {head}{pixels}", self.input.path))
     }
 }
 

@@ -8,6 +8,7 @@ use shared::io::hash_file;
 use shared::manifest::Input;
 use shared::models::{Arch, Encoder, HeadConfig, names_and_shapes};
 use shared::run::Run;
+use shared::transforms::normalize::Normalization;
 use shared::weights::names::{LeftOver, Method, Recognised, fit, recognise};
 use shared::weights::{Checkpoint, Entry};
 use shared::{Error, Result};
@@ -55,6 +56,15 @@ impl Weights {
     /// What stands before every name of the backbone in the checkpoint; may be empty.
     pub fn prefix(&self) -> &str {
         &self.fitted.prefix
+    }
+
+    /// How the pixels were normalised that the weights were made for: as the file says, or as is usual for the architecture; a run
+    /// always uses ImageNet's mean and deviation.
+    pub fn pixel_normalization(&self) -> Normalization {
+        if self.run.is_some() {
+            return Normalization::default();
+        }
+        Normalization::recorded(self.checkpoint.metadata()).unwrap_or_else(|| self.arch().pixel_normalization())
     }
 
     /// Tensors that are no part of the backbone: a classifier, a head, another network.

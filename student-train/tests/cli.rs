@@ -3,11 +3,14 @@
 #[path = "training/workspace.rs"]
 mod workspace;
 
+use std::collections::BTreeMap;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use shared::logging::read_json_lines;
+use shared::models::{Arch, Encoder};
 use shared::ops::Isa;
+use shared::tensor_file::write_tensors;
 use shared::{Error, Result};
 use student_train::train_log::Timing;
 use workspace::Workspace;
@@ -152,6 +155,28 @@ fn progress_goes_to_standard_error() -> Result<()> {
     assert_eq!(status, Some(0), "{stderr}");
     assert_eq!(stdout.lines().count(), 1, "{stdout}");
     assert!(stderr.contains("training: 4/4 steps") && stderr.contains("lr 0.015"), "{stderr}");
+    Ok(())
+}
+
+#[test]
+fn what_a_run_starts_from_is_said() -> Result<()> {
+    let workspace = Workspace::new()?;
+    for (arch, pixels) in
+        [(Arch::ResNet18, ""), (Arch::EfficientNetLite0, "normalised as inception, a run normalises as")]
+    {
+        let file = workspace.path(&format!("{arch}.safetensors"));
+        write_tensors(&file, &BTreeMap::new(), &Encoder::new(arch, None, 1)?.store().to_tensors()?)?;
+        let (init, student) = (format!("--init={}", file.display()), format!("--student={arch}"));
+        let mut arguments = workspace.arguments("pretrain", arch.name(), &[&init, &student, "--stop-after-steps=0"]);
+        arguments.retain(|argument| argument != "--quiet");
+        let mut process = Command::new(env!("CARGO_BIN_EXE_student-train"));
+        process.args(&arguments[1..]);
+        let (status, _, stderr) = output(process)?;
+        assert_eq!(status, Some(0), "{stderr}");
+        let line = stderr.lines().find(|line| line.starts_with("starting from ")).unwrap_or_default();
+        assert!(line.contains(&format!("tensors of {arch} in `")) && line.contains("; the head is drawn"), "{stderr}");
+        assert!(line.contains(pixels) && line.contains("pixels") != pixels.is_empty(), "{stderr}");
+    }
     Ok(())
 }
 

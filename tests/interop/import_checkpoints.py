@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 # EfficientNets, which torchvision names differently from timm: the names are paired by position.
 RENAMED = ["efficientnet_b0", "efficientnet_b1"]
-ARCHS = ["resnet18", "resnet34", "resnet50", "efficientnet_b0", "efficientnet_b1", "mobilenetv3_large_100", "tf_efficientnet_lite0"]
+ARCHS = ["resnet18", "resnet34", "resnet50", "efficientnet_b0", "efficientnet_b1", "mobilenetv3_large_100", "tf_efficientnet_lite0", "vit_tiny_patch16_224", "xcit_tiny_12_p16_224"]
 
 
 def classifier(arch, library):
@@ -56,7 +56,7 @@ def main(binary, work, *archs):
     for arch, library in networks + [(arch, "torchvision") for arch in RENAMED if not archs or arch in archs]:
         model = classifier(arch, library)
         headless = timm.create_model(arch, num_classes=0)
-        backbone = {name: x for name, x in model.state_dict().items() if not name.startswith(("fc.", "classifier."))}
+        backbone = {name: x for name, x in model.state_dict().items() if not name.startswith(("fc.", "classifier.", "head."))}
         expected = dict(zip(headless.state_dict(), backbone.values(), strict=True))
         for path in save(model, arch, library, work):
             output = work / "imported.safetensors"
