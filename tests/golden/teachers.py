@@ -41,6 +41,10 @@ MORE = [
     ("vit_small_patch16_224", "moco_v3_transformer", "backbone"), ("xcit_tiny_12_p16_224", "dino", None),
     ("xcit_tiny_12_p16_224", "dino_official", None),
 ]
+# The same of all that are compared.
+CASES = [
+    ("resnet18", function.__name__, None) for function in LAYOUTS if not function.__name__.endswith(("_transformer", "_official"))
+] + MORE
 
 
 RESNET = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"]
@@ -151,7 +155,8 @@ def load(layout, backbone):
     return layout.tree.double().eval()
 
 
-def embedded(function, arch, asked=None):
+def assembled(function, arch):
+    """A checkpoint laid out so, in f64, and the backbone in it that is to be taken."""
     made = []
 
     def net(numbered=False):
@@ -164,11 +169,20 @@ def embedded(function, arch, asked=None):
     for part in [part for part in layout.networks[0][0].split(".") if part]:
         backbone = getattr(backbone, part)
     load(layout, backbone)
-    side = SIDE if arch.startswith("resnet") else PATCHED_SIDE
-    as_dino = "dino" in (layout.method, asked)
+    return layout, backbone
+
+
+def embeddings(layout, backbone, xs, asked=None):
+    """Rows of unit length; `asked`: the method that is asked for where it is not the layout's."""
     with torch.no_grad():
-        rows = features(backbone, pixels(side), as_dino)
-        rows = F.normalize(rows if asked in ("backbone", "dino") else layout.embed(rows), dim=1)
+        rows = features(backbone, xs, "dino" in (layout.method, asked))
+        return F.normalize(rows if asked in ("backbone", "dino") else layout.embed(rows), dim=1)
+
+
+def embedded(function, arch, asked=None):
+    layout, backbone = assembled(function, arch)
+    side = SIDE if arch.startswith("resnet") else PATCHED_SIDE
+    rows = embeddings(layout, backbone, pixels(side), asked)
     # Of wide rows the first numbers are enough: every number depends on the whole network.
     kept = [[float(f"{x:.9g}") for x in row[: SMALL.embedding]] for row in rows.tolist()]
     return described(function, layout) | {"arch": arch, "asked": asked, "side": side, "width": rows.shape[1], "rows": kept}
@@ -251,8 +265,7 @@ def main():
     with torch.device("meta"):
         layouts = [described(function, function(stub, FULL_WIDTH, FULL)) for function in LAYOUTS]
     by_name = {function.__name__: function for function in LAYOUTS}
-    cases = [embedded(function, "resnet18") for function in LAYOUTS if not function.__name__.endswith(("_transformer", "_official"))]
-    cases += [embedded(by_name[name], arch, asked) for arch, name, asked in MORE]
+    cases = [embedded(by_name[name], arch, asked) for arch, name, asked in CASES]
     versions = {module.__name__: module.__version__ for module in [torch, torchvision, timm, np]}
     golden = {"versions": versions, "scales": SCALES, "layouts": layouts, "cases": cases, "files": files()}
     lines = [f"{json.dumps(key)}: " + (json.dumps(value) if isinstance(value, dict) else
