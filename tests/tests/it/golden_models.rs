@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result};
+use candle_core::Tensor;
 use serde::Deserialize;
 use shared::losses;
 use shared::models::{Arch, Encoder, HeadConfig, names_and_shapes};
@@ -39,8 +40,15 @@ struct Images {
 #[derive(Deserialize)]
 struct Training {
     images: String,
-    loss: f64,
     embeddings: Vec<f64>,
+    #[serde(flatten)]
+    backward: Backward,
+}
+
+/// What a training pass leaves behind.
+#[derive(Deserialize)]
+pub(crate) struct Backward {
+    loss: f64,
     zero_gradients: Vec<String>,
     gradients: BTreeMap<String, Vec<f64>>,
     buffers: BTreeMap<String, Vec<f64>>,
@@ -60,8 +68,38 @@ fn encoder(arch: Arch, engine: Engine, variance_scale: f64) -> Result<Encoder> {
     Ok(encoder)
 }
 
-fn assert_close(what: &str, distance: f64) {
+pub(crate) fn assert_close(what: &str, distance: f64) {
     assert!(distance < TOLERANCE, "{what}: relative error {distance:e}");
+}
+
+/// What the golden scripts store of all names and shapes of a network.
+pub(crate) fn digest(named: &[(String, Vec<usize>)]) -> Result<u64> {
+    let sizes = |shape: &[usize]| shape.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+    let text: Vec<String> = named.iter().map(|(name, shape)| format!("{name}:{}", sizes(shape))).collect();
+    Ok((unit(&text.join(";"), 1).next().context("one number")? * 16_777_216.0) as u64)
+}
+
+impl Backward {
+    /// Runs the backward pass and compares the loss, every gradient and every buffer.
+    pub(crate) fn check(&self, encoder: &Encoder, loss: &Tensor) -> Result<()> {
+        let store = encoder.store();
+        let gradients = store.to_file_layout(store.backward(loss)?.iter())?;
+        assert_close("loss", (f64::from(loss.to_scalar::<f32>()?) / self.loss - 1.0).abs());
+        assert_eq!(gradients.len(), self.gradients.len() + self.zero_gradients.len());
+        for (name, numbers) in &self.gradients {
+            assert_close(name, fingerprint_distance(name, &gradients[name], numbers)?);
+        }
+        for shift in &self.zero_gradients {
+            // Relative to the gradient of the same layer's weight or scale, which sums up products of the same size.
+            let scale = self.gradients[&shift.replace("bias", "weight")][0];
+            assert_close(shift, fingerprint(shift, &gradients[shift])?[0] / scale);
+        }
+        let tensors = store.to_tensors()?;
+        for (name, numbers) in &self.buffers {
+            assert_close(name, fingerprint_distance(name, &tensors[name], numbers)?);
+        }
+        Ok(())
+    }
 }
 
 #[test]
@@ -71,14 +109,7 @@ fn names_and_shapes_are_those_of_torchvision_and_timm() -> Result<()> {
     for (arch, golden) in golden {
         let named = names_and_shapes(arch, Some(HEAD))?;
         assert_eq!(named.len(), golden.tensors, "{arch}");
-        let text: Vec<String> = named
-            .iter()
-            .map(|(name, shape)| {
-                format!("{name}:{}", shape.iter().map(ToString::to_string).collect::<Vec<_>>().join(","))
-            })
-            .collect();
-        let digest = unit(&text.join(";"), 1).next().context("one number")? * 16_777_216.0;
-        assert_eq!(digest as u64, golden.names_and_shapes, "{arch}");
+        assert_eq!(digest(&named)?, golden.names_and_shapes, "{arch}");
         assert_eq!(Encoder::new(arch, Some(HEAD), 0)?.store().names_and_shapes(), named);
     }
     Ok(())
@@ -140,26 +171,8 @@ fn trained_like_pytorch(arch: Arch, engine: Engine) -> Result<()> {
     let xs = values(&golden.images, &[4, 40, 40, 3], -2.0, 2.0)?;
     let embeddings = encoder.embeddings(&xs, Mode::Train { bn_groups: 1 })?;
     let loss = losses::distillation(&embeddings, &unit_rows("target", 4, HEAD.embedding_dim)?)?;
-    let store = encoder.store();
-    let gradients = store.to_file_layout(store.backward(&loss)?.iter())?;
-
-    let error = (f64::from(loss.to_scalar::<f32>()?) / golden.loss - 1.0).abs();
-    assert_close("loss", error);
     assert_close("embeddings", fingerprint_distance("embeddings", &embeddings, &golden.embeddings)?);
-    assert_eq!(gradients.len(), golden.gradients.len() + golden.zero_gradients.len());
-    for (name, numbers) in &golden.gradients {
-        assert_close(name, fingerprint_distance(name, &gradients[name], numbers)?);
-    }
-    for shift in &golden.zero_gradients {
-        // Relative to the gradient of the same batch norm's scale, which sums up products of the same size.
-        let scale = golden.gradients[&shift.replace("bias", "weight")][0];
-        assert_close(shift, fingerprint(shift, &gradients[shift])?[0] / scale);
-    }
-    let tensors = store.to_tensors()?;
-    for (name, numbers) in &golden.buffers {
-        assert_close(name, fingerprint_distance(name, &tensors[name], numbers)?);
-    }
-    Ok(())
+    golden.backward.check(&encoder, &loss)
 }
 
 #[test]

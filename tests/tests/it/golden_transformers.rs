@@ -11,12 +11,9 @@ use serde::Deserialize;
 use shared::models::{Arch, Encoder, VitOptions, names_and_shapes};
 use shared::ops::{self, Engine, Mode, Pass, PositionResampling};
 use shared::{Error, losses};
-use tests::formula::{fingerprint, fingerprint_distance, parameters, unit, unit_rows, values};
+use tests::formula::{fingerprint_distance, parameters, unit_rows, values};
 
-use crate::golden_models::is_transformer;
-
-/// Largest relative error of an f32 forward or backward pass against f64.
-const TOLERANCE: f64 = 1e-4;
+use crate::golden_models::{Backward, assert_close, digest, is_transformer};
 
 #[derive(Deserialize)]
 struct Golden {
@@ -45,11 +42,9 @@ struct Images {
 struct Training {
     size: [usize; 2],
     batch: usize,
-    loss: f64,
     rows: Vec<f64>,
-    zero_gradients: Vec<String>,
-    gradients: BTreeMap<String, Vec<f64>>,
-    buffers: BTreeMap<String, Vec<f64>>,
+    #[serde(flatten)]
+    backward: Backward,
 }
 
 fn golden() -> Result<Golden> {
@@ -73,10 +68,6 @@ fn images(batch: usize, [height, width]: [usize; 2]) -> Result<Tensor> {
     values("images", &[batch, height, width, 3], -2.0, 2.0)
 }
 
-fn assert_close(what: &str, distance: f64) {
-    assert!(distance < TOLERANCE, "{what}: relative error {distance:e}");
-}
-
 fn assert_features(what: &str, encoder: &Encoder, golden: &Images) -> Result<()> {
     let found = encoder.features(&images(golden.batch, golden.size)?, Mode::Eval)?;
     let what = format!("features of {what}, {:?} pixels, by {:?}", golden.size, encoder.engine());
@@ -91,14 +82,7 @@ fn names_and_shapes_are_timms() -> Result<()> {
     for (arch, golden) in golden {
         let named = names_and_shapes(arch, None)?;
         assert_eq!(named.len(), golden.tensors, "{arch}");
-        let text: Vec<String> = named
-            .iter()
-            .map(|(name, shape)| {
-                format!("{name}:{}", shape.iter().map(ToString::to_string).collect::<Vec<_>>().join(","))
-            })
-            .collect();
-        let digest = unit(&text.join(";"), 1).next().context("one number")? * 16_777_216.0;
-        assert_eq!(digest as u64, golden.names_and_shapes, "{arch}");
+        assert_eq!(digest(&named)?, golden.names_and_shapes, "{arch}");
     }
     Ok(())
 }
@@ -182,25 +166,8 @@ fn trained_like_timm(arch: Arch, engine: Engine) -> Result<()> {
     let pass = Pass { mode: Mode::Train { bn_groups: 1 }, record: true, engine };
     let rows = ops::l2_normalise(&features, &pass)?;
     let loss = losses::distillation(&rows, &unit_rows("target", golden.batch, arch.feature_width())?)?;
-    let store = encoder.store();
-    let gradients = store.to_file_layout(store.backward(&loss)?.iter())?;
-
-    assert_close("loss", (f64::from(loss.to_scalar::<f32>()?) / golden.loss - 1.0).abs());
     assert_close("rows", fingerprint_distance("rows", &rows, &golden.rows)?);
-    assert_eq!(gradients.len(), golden.gradients.len() + golden.zero_gradients.len());
-    for (name, numbers) in &golden.gradients {
-        assert_close(name, fingerprint_distance(name, &gradients[name], numbers)?);
-    }
-    for shift in &golden.zero_gradients {
-        // Relative to the gradient of the same layer's weight, which sums up products of the same size.
-        let scale = golden.gradients[&shift.replace("bias", "weight")][0];
-        assert_close(shift, fingerprint(shift, &gradients[shift])?[0] / scale);
-    }
-    let tensors = store.to_tensors()?;
-    for (name, numbers) in &golden.buffers {
-        assert_close(name, fingerprint_distance(name, &tensors[name], numbers)?);
-    }
-    Ok(())
+    golden.backward.check(&encoder, &loss)
 }
 
 #[test]
