@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use serde::{Deserialize, Serialize};
 use shared::cli::CommonArgs;
+use shared::shard::{Codec, Store};
 
-use crate::config::{Codec, NumberOrText, PassOrderFlag, Store};
+use crate::config::{NumberOrText, PassOrderFlag};
 
 /// Packs images into shards of ready-made views, which the other stages read by memory map
 ///

@@ -8,14 +8,13 @@ use serde::Serialize;
 use shared::manifest::MANIFEST_FILE;
 use shared::progress::Progress;
 use shared::rng::KeyedRng;
-use shared::shard::{Shard, ShardSet};
+use shared::shard::{Shard, ShardConfig, ShardSet};
 use shared::space::human;
 use shared::transforms::ViewParams;
 use shared::transforms::decode::DECODER;
 use shared::{Error, Fault, Result};
 
 use crate::args::VerifyArgs;
-use crate::config::ShardConfig;
 use crate::pack::{REJECTS_FILE, Reject};
 use crate::scan::{Listing, Sample};
 use crate::views::{SampleViews, Worker, draw_row, make_views};

@@ -4,13 +4,10 @@ use std::fs;
 use std::path::Path;
 
 use shared::Result;
-use shared::rng::KeyedRng;
-use shared::shard::VIEW_PARAMETERS;
+use shared::shard::{ShardConfig, VIEW_PARAMETERS};
 use shared::space::human;
 use shared::transforms::decode::decode_into;
-use shared::transforms::{Recipe, RgbImage, Scratch};
-
-use crate::config::ShardConfig;
+use shared::transforms::{Recipe, RgbImage, Scratch, View};
 
 /// No image file is larger.
 const LARGEST_FILE_BYTES: u64 = 1 << 30;
@@ -45,11 +42,6 @@ pub fn load(path: &Path, worker: &mut Worker) -> Result<RgbImage, String> {
     decode_into(&file, std::mem::take(&mut worker.spare)).map_err(|fault| fault.to_string())
 }
 
-/// The generator of one view: it depends on nothing else.
-pub fn view_rng(seed: u64, sample_id: u64, view: usize) -> KeyedRng {
-    KeyedRng::new("view", seed, &[sample_id, view as u64])
-}
-
 /// The row of numbers that `recipe` draws for one view of an image of a given size.
 pub fn draw_row(
     recipe: &Recipe,
@@ -58,7 +50,7 @@ pub fn draw_row(
     view: usize,
     source: (usize, usize),
 ) -> [f32; VIEW_PARAMETERS.len()] {
-    recipe.draw(&mut view_rng(seed, sample_id, view), source.0, source.1).to_row()
+    recipe.draw(seed, sample_id, View::Global(view), source.0, source.1).to_row()
 }
 
 /// Makes all views of the sample at `path` into `views`, whose memory is used again.
@@ -78,8 +70,12 @@ pub fn make_views(
     views.pixels.resize(config.views * config.size * config.size * 3, 0);
     let chunks = views.pixels.chunks_exact_mut(config.size * config.size * 3);
     for (view, pixels) in chunks.enumerate() {
-        let drawn = config.recipe.draw(&mut view_rng(seed, sample_id, view), image.height(), image.width());
-        config.recipe.apply(&image, &drawn, config.size, &mut worker.scratch, pixels).map_err(|e| e.to_string())?;
+        let view = View::Global(view);
+        let drawn = config.recipe.draw(seed, sample_id, view, image.height(), image.width());
+        config
+            .recipe
+            .apply(view, &image, &drawn, config.size, &mut worker.scratch, pixels)
+            .map_err(|e| e.to_string())?;
         views.params.extend(drawn.to_row());
     }
     worker.spare = image.into_pixels();

@@ -14,7 +14,7 @@ use fixtures::{Outcome, config, contents, copy, cut, photos};
 use shared::io::{write_atomic, write_json};
 use shared::manifest::{MANIFEST_FILE, Manifest, Stage};
 use shared::shard::{ShardSet, sample_id};
-use shared::transforms::{Scratch, ViewParams, decode};
+use shared::transforms::{Scratch, View, ViewParams, decode};
 use shared::{Error, Fault};
 
 fn rejects(directory: &Path) -> Vec<Reject> {
@@ -84,7 +84,7 @@ fn stored_pixels_follow_from_the_stored_parameters() -> Outcome {
                 for view in 0..2 {
                     let params = ViewParams::from_row(&shard.view_params(row, view)?)?;
                     let mut pixels = vec![0; 16 * 16 * 3];
-                    recipe.apply(&image, &params, 16, &mut scratch, &mut pixels)?;
+                    recipe.apply(View::Global(view), &image, &params, 16, &mut scratch, &mut pixels)?;
                     assert!(pixels == set.pixels(index, view)?, "{relative} view {view}");
                 }
             }

@@ -8,7 +8,7 @@ use image::codecs::jpeg::JpegEncoder;
 use shared::rng::KeyedRng;
 use shared::transforms::decode::decode;
 use shared::transforms::normalize::Normalization;
-use shared::transforms::{Level, Recipe, RgbImage, Scratch};
+use shared::transforms::{Level, Recipe, RgbImage, Scratch, View};
 
 const SIZE: usize = 224;
 
@@ -40,8 +40,8 @@ fn transforms(criterion: &mut Criterion) {
             b.iter(|| {
                 sample += 1;
                 for view in 0..2 {
-                    let params = recipe.draw(&mut KeyedRng::new("view", 0, &[sample, view]), 333, 500);
-                    recipe.apply(&photo, &params, SIZE, &mut scratch, &mut out).expect("a view");
+                    let params = recipe.draw(0, sample, View::Global(view), 333, 500);
+                    recipe.apply(View::Global(view), &photo, &params, SIZE, &mut scratch, &mut out).expect("a view");
                 }
             });
         });

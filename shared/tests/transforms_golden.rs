@@ -2,11 +2,12 @@
 //! `tests/golden/transforms.py` made the values and says with which versions.
 
 use serde::Deserialize;
-use shared::rng::KeyedRng;
 use shared::transforms::color_jitter::{JitterStep, apply_step};
 use shared::transforms::gaussian_blur::{self, BlurScratch};
 use shared::transforms::normalize::Normalization;
-use shared::transforms::{Level, PassOrder, Planes, Recipe, RgbImage, Scratch, ViewParams, grayscale, solarize};
+use shared::transforms::{
+    Level, PassOrder, Planes, Recipe, RgbImage, Scratch, View as Which, ViewParams, grayscale, solarize,
+};
 
 #[derive(Deserialize)]
 struct Golden {
@@ -74,7 +75,7 @@ fn cut(view: &View, recipe: &Recipe, params: &ViewParams, last: &str) -> (Recipe
         let position = |name| names.iter().position(|n| *n == name).unwrap_or(usize::MAX);
         position(name) <= position(last)
     };
-    if let Some(jitter) = &mut recipe.color_jitter {
+    if let Some(jitter) = &mut recipe.global[0].color_jitter {
         for (name, strength) in [
             ("brightness", &mut jitter.brightness),
             ("contrast", &mut jitter.contrast),
@@ -113,7 +114,7 @@ fn views_have_the_bytes_of_torchvision_and_pillow() {
                     crc32(values.iter().flat_map(|value| value.to_le_bytes()))
                 } else {
                     let (recipe, params) = cut(view, &recipe, &params, name);
-                    recipe.apply(&image, &params, view.size, &mut scratch, &mut out).expect("a view");
+                    recipe.apply(Which::Global(0), &image, &params, view.size, &mut scratch, &mut out).expect("a view");
                     crc32(out.iter().copied())
                 };
                 assert_eq!(&found, crc, "{} {}: {name} of {} {params:?}", level.name(), view.picture, view.recipe);
@@ -154,8 +155,8 @@ fn huge_aspects_cost_only_the_window() {
     // torchvision would resize 3 x 10000 pixels to 256 x 853333 first
     let image = picture(6, 10_000, 3);
     let recipe = Recipe::eval_center();
-    let params = recipe.draw(&mut KeyedRng::new("view", 0, &[0, 0]), 10_000, 3);
+    let params = recipe.draw(0, 0, Which::Global(0), 10_000, 3);
     let mut out = vec![0; 224 * 224 * 3];
-    recipe.apply(&image, &params, 224, &mut Scratch::default(), &mut out).expect("a view");
+    recipe.apply(Which::Global(0), &image, &params, 224, &mut Scratch::default(), &mut out).expect("a view");
     assert_eq!(ViewParams::from_row(&params.to_row()), Ok(params));
 }

@@ -12,9 +12,11 @@
 //!
 //! Samples are packed in a seeded random order, so that reading shards from front to back is already well mixed.
 
+mod config;
 mod reader;
 mod writer;
 
+pub use config::{Codec, ShardConfig, Store};
 pub use reader::{Shard, ShardSet};
 pub use writer::ShardWriter;
 

@@ -24,9 +24,10 @@ mod reference;
 pub mod resize;
 pub mod solarize;
 mod view;
+mod view_recipe;
 mod weights;
 
 pub use image::{Planes, RgbImage};
 pub use level::Level;
-pub use recipe::{Recipe, Scratch, ViewParams};
+pub use recipe::{Recipe, Scratch, View, ViewParams, ViewRecipe};
 pub use resize::PassOrder;

@@ -5,6 +5,15 @@ use super::crop::CropBox;
 use crate::error::Fault;
 use crate::shard::VIEW_PARAMETERS;
 
+/// Which view of a sample: numbers count from 0 within each kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum View {
+    /// A view of the full size.
+    Global(usize),
+    /// A small view of multi-crop.
+    Local(usize),
+}
+
 /// Everything random about one view. With the recipe and the decoded image it gives the pixels of the view again.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ViewParams {
@@ -115,22 +124,21 @@ impl ViewParams {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rng::KeyedRng;
     use crate::transforms::Recipe;
 
     #[test]
     fn rows_are_lossless() {
         let mut recipe = Recipe::moco_v2();
-        recipe.solarize = Some(crate::transforms::recipe::Solarize { probability: 0.5, threshold: 128 });
+        recipe.global[0].solarize = Some(crate::transforms::recipe::Solarize { probability: 0.5, threshold: 128 });
         for i in 0..500 {
-            let params = recipe.draw(&mut KeyedRng::new("test", 1, &[i]), 1 + (i as usize * 37) % 4000, 900);
+            let params = recipe.draw(1, i, View::Global(0), 1 + (i as usize * 37) % 4000, 900);
             assert_eq!(ViewParams::from_row(&params.to_row()), Ok(params));
         }
     }
 
     #[test]
     fn impossible_rows_are_refused() {
-        let good = Recipe::moco_v2().draw(&mut KeyedRng::new("test", 1, &[0]), 300, 400).to_row();
+        let good = Recipe::moco_v2().draw(1, 0, View::Global(0), 300, 400).to_row();
         for (i, value) in [
             (0, -1.0),
             (0, 1.5),
