@@ -6,6 +6,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand};
 use serde::{Deserialize, Serialize};
 use shared::cli::CommonArgs;
 use shared::shard::{Codec, Store};
+use shared::transforms::built_in::BUILT_IN;
 
 use crate::config::{NumberOrText, PassOrderFlag};
 
@@ -109,11 +110,8 @@ pub struct PackOptions {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub output: Option<PathBuf>,
 
-    /// Augmentations: moco-v2, linear-train, eval-center, or a TOML file
-    ///
-    /// moco-v2: random resized crop, colour jitter, grey, blur, flip, for `pretrain` and `distill`. linear-train: random resized
-    /// crop and flip. eval-center: the centre crop for evaluation.
-    #[arg(long, value_name = "RECIPE")]
+    /// Augmentations: a built-in recipe or a TOML file
+    #[arg(long, value_name = "RECIPE", long_help = recipe_help())]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub recipe: Option<String>,
 
@@ -162,6 +160,12 @@ pub struct PackOptions {
     #[arg(long, value_name = "N|P%")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_rejects: Option<NumberOrText>,
+}
+
+fn recipe_help() -> String {
+    let width = BUILT_IN.iter().map(|built_in| built_in.name.len()).max().unwrap_or(0);
+    let lines = BUILT_IN.map(|built_in| format!("  {:width$}  {}", built_in.name, built_in.summary));
+    format!("Augmentations: a built-in recipe or a TOML file\n\n{}", lines.join("\n"))
 }
 
 /// `data-prep verify`.
