@@ -15,6 +15,12 @@ use crate::error::{Error, Result};
 /// How the name of an unfinished file begins.
 pub const TEMPORARY_PREFIX: &str = ".tmp-";
 
+/// What parts the name that an unfinished file is going to have from the random letters that follow.
+const TEMPORARY_SEPARATOR: char = '~';
+
+/// How much of the name of the finished file the temporary one bears: names have limits, of 255 bytes mostly.
+const LONGEST_NAMED: usize = 50;
+
 /// Name, length and hash of a finished file, as manifests record it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -43,8 +49,7 @@ impl AtomicFile {
     /// [`Error::Io`] when the directory does not exist or cannot be written.
     pub fn create(destination: impl AsRef<Path>) -> Result<Self> {
         let destination = destination.as_ref().to_path_buf();
-        let file =
-            new_temporary(parent_of(&destination)).map_err(Error::io("create a temporary file for", &destination))?;
+        let file = new_temporary(&destination).map_err(Error::io("create a temporary file for", &destination))?;
         Ok(Self {
             destination,
             writer: BufWriter::with_capacity(1 << 20, file),
@@ -75,15 +80,29 @@ impl AtomicFile {
     /// [`Error::Io`]; nothing is left under the name then, or what was there before.
     pub fn commit(self) -> Result<FileEntry> {
         let Self { destination, writer, hasher, bytes } = self;
-        let file =
-            writer.into_inner().map_err(io::IntoInnerError::into_error).map_err(Error::io("write", &destination))?;
-        file.as_file().sync_all().map_err(Error::io("sync", &destination))?;
+        let file = synced(writer, &destination)?;
         file.persist(&destination)
             .map_err(|e| e.error)
             .map_err(Error::io("rename a temporary file to", &destination))?;
         sync_directory(parent_of(&destination))?;
         Ok(FileEntry { path: file_name(&destination), bytes, blake3: hasher.finalize().to_hex().to_string() })
     }
+
+    /// As [`AtomicFile::commit`], but a file that has the name already stays what it is; says whether the name was free.
+    fn commit_new(self) -> Result<bool> {
+        let Self { destination, writer, .. } = self;
+        match synced(writer, &destination)?.persist_noclobber(&destination) {
+            Ok(_) => sync_directory(parent_of(&destination)).map(|()| true),
+            Err(e) if e.error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+            Err(e) => Err(Error::io("rename a temporary file to", &destination)(e.error)),
+        }
+    }
+}
+
+fn synced(writer: BufWriter<tempfile::NamedTempFile>, destination: &Path) -> Result<tempfile::NamedTempFile> {
+    let file = writer.into_inner().map_err(io::IntoInnerError::into_error).map_err(Error::io("write", destination))?;
+    file.as_file().sync_all().map_err(Error::io("sync", destination))?;
+    Ok(file)
 }
 
 /// Writes a whole file atomically.
@@ -101,10 +120,25 @@ pub fn write_atomic(path: impl AsRef<Path>, contents: &[u8]) -> Result<FileEntry
 /// # Errors
 /// [`Error::Io`]; [`Error::Invalid`] when the value has no JSON form.
 pub fn write_json(path: impl AsRef<Path>, value: &impl Serialize) -> Result<FileEntry> {
+    write_atomic(&path, json_text(path.as_ref(), value)?.as_bytes())
+}
+
+/// As [`write_json`], unless there is a file of that name; says whether it was written. Of several processes that do this at
+/// once, one writes.
+///
+/// # Errors
+/// As [`write_json`].
+pub(crate) fn write_new_json(path: &Path, value: &impl Serialize) -> Result<bool> {
+    let mut file = AtomicFile::create(path)?;
+    file.append(json_text(path, value)?.as_bytes())?;
+    file.commit_new()
+}
+
+fn json_text(path: &Path, value: &impl Serialize) -> Result<String> {
     let mut text = serde_json::to_string_pretty(value)
-        .map_err(|e| Error::invalid(format!("cannot write `{}` as JSON: {e}", path.as_ref().display()), ""))?;
+        .map_err(|e| Error::invalid(format!("cannot write `{}` as JSON: {e}", path.display()), ""))?;
     text.push('\n');
-    write_atomic(path, text.as_bytes())
+    Ok(text)
 }
 
 /// Length and hash of a file on disk.
@@ -132,18 +166,46 @@ pub fn create_directory(path: impl AsRef<Path>) -> Result<()> {
 /// # Errors
 /// [`Error::Io`].
 pub fn remove_temporaries(directory: &Path) -> Result<()> {
+    remove_files(directory, |name| name.starts_with(TEMPORARY_PREFIX))
+}
+
+/// Removes the temporary files of the files that `is_mine` names, such as `shard-00003.safetensors`.
+///
+/// # Errors
+/// [`Error::Io`].
+pub(crate) fn remove_temporaries_of(directory: &Path, is_mine: impl Fn(&str) -> bool) -> Result<()> {
+    remove_files(directory, |name| {
+        let rest = name.strip_prefix(TEMPORARY_PREFIX);
+        rest.and_then(|rest| rest.rsplit_once(TEMPORARY_SEPARATOR)).is_some_and(|(of, _)| is_mine(of))
+    })
+}
+
+/// Removes the files of a directory that `chosen` names; one that another process removes at the same time is no error.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn remove_files(directory: &Path, chosen: impl Fn(&str) -> bool) -> Result<()> {
     for entry in fs::read_dir(directory).map_err(Error::io("list", directory))? {
         let entry = entry.map_err(Error::io("list", directory))?;
-        if entry.file_name().to_string_lossy().starts_with(TEMPORARY_PREFIX) {
-            fs::remove_file(entry.path()).map_err(Error::io("remove", entry.path()))?;
+        if chosen(&entry.file_name().to_string_lossy()) {
+            match fs::remove_file(entry.path()) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(Error::io("remove", entry.path())(error));
+                }
+                _ => {}
+            }
         }
     }
     Ok(())
 }
 
-fn new_temporary(directory: &Path) -> io::Result<tempfile::NamedTempFile> {
+/// A temporary file beside `destination`; its name tells whose it is.
+pub(crate) fn new_temporary(destination: &Path) -> io::Result<tempfile::NamedTempFile> {
+    let directory = parent_of(destination);
+    let name: String = file_name(destination).chars().take(LONGEST_NAMED).collect();
+    let prefix = format!("{TEMPORARY_PREFIX}{name}{TEMPORARY_SEPARATOR}");
     let mut builder = tempfile::Builder::new();
-    builder.prefix(TEMPORARY_PREFIX);
+    builder.prefix(&prefix);
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt as _;
@@ -191,6 +253,28 @@ mod tests {
         let mut file = AtomicFile::create(dir.path().join("a.txt")).unwrap();
         file.append(b"hello").unwrap();
         drop(file);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn of_two_new_files_the_first_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.json");
+        assert!(write_new_json(&path, &1).unwrap());
+        assert!(!write_new_json(&path, &2).unwrap());
+        assert_eq!((fs::read(&path).unwrap(), fs::read_dir(dir.path()).unwrap().count()), (b"1\n".to_vec(), 1));
+    }
+
+    #[test]
+    fn temporaries_tell_whose_they_are() {
+        let dir = tempfile::tempdir().unwrap();
+        let long = "x".repeat(250);
+        for name in ["shard-00001.bin", "shard-00010.bin", &long] {
+            new_temporary(&dir.path().join(name)).unwrap().keep().unwrap();
+        }
+        remove_temporaries_of(dir.path(), |name| name == "shard-00001.bin").unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
+        remove_temporaries(dir.path()).unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
