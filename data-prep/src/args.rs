@@ -8,6 +8,7 @@ use shared::cli::CommonArgs;
 use shared::shard::{Codec, Store};
 
 use crate::config::{NumberOrText, PassOrderFlag};
+use crate::source::SourceOptions;
 
 /// Packs images into shards of ready-made views, which the other stages read by memory map
 ///
@@ -104,6 +105,11 @@ pub struct PackOptions {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub input: Option<PathBuf>,
 
+    /// What the input is.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub source: SourceOptions,
+
     /// Directory of the shard set
     #[arg(long, value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -174,6 +180,10 @@ pub struct VerifyArgs {
     /// The folder it was packed from: makes some samples again and compares every byte
     #[arg(long, value_name = "DIR")]
     pub source: Option<PathBuf>,
+
+    /// What the source is.
+    #[command(flatten)]
+    pub options: SourceOptions,
 
     /// How many samples to make again
     #[arg(long, value_name = "N", default_value_t = 100, requires = "source")]
