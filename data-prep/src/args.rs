@@ -9,6 +9,7 @@ use shared::shard::{Codec, Store};
 use shared::transforms::built_in::BUILT_IN;
 
 use crate::config::{NumberOrText, PassOrderFlag};
+use crate::source::SourceOptions;
 
 /// Packs images into shards of ready-made views, which the other stages read by memory map
 ///
@@ -105,6 +106,11 @@ pub struct PackOptions {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub input: Option<PathBuf>,
 
+    /// What the input is.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub source: SourceOptions,
+
     /// Directory of the shard set
     #[arg(long, value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -178,6 +184,10 @@ pub struct VerifyArgs {
     /// The folder it was packed from: makes some samples again and compares every byte
     #[arg(long, value_name = "DIR")]
     pub source: Option<PathBuf>,
+
+    /// What the source is.
+    #[command(flatten)]
+    pub options: SourceOptions,
 
     /// How many samples to make again
     #[arg(long, value_name = "N", default_value_t = 100, requires = "source")]

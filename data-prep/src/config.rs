@@ -14,6 +14,7 @@ use shared::transforms::{PassOrder, Recipe};
 use shared::{Error, Result};
 
 use crate::args::PackOptions;
+use crate::source::SourceOptions;
 
 /// [`PassOrder`] as a flag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -86,6 +87,8 @@ impl MaxRejects {
 pub struct PackConfig {
     /// The folder of images.
     pub input: PathBuf,
+    /// What the input is, and which of its samples are taken.
+    pub source: SourceOptions,
     /// The shard set; `plan` may go without.
     pub output: Option<PathBuf>,
     /// What decides the bytes.
@@ -177,6 +180,7 @@ impl PackConfig {
         let all_cores = || std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Self {
             input,
+            source: options.source,
             output: options.output,
             shards,
             seed: options.seed.unwrap_or(0),

@@ -1,6 +1,6 @@
 //! The first stage: packs a folder of images into a shard set.
 //!
-//! `scan` lists the samples and their classes in a fixed order. `pack` decodes every image once, makes its views by the recipe and
+//! `source` lists the samples and their classes in a fixed order. `pack` decodes every image once, makes its views by the recipe and
 //! writes them, shard by shard, in a seeded random order. `plan` says beforehand what that takes; `verify` and `inspect` read a
 //! finished set. The bytes depend on the images, the recipe and the seed, never on threads, on interruptions or on the machine.
 
@@ -10,7 +10,7 @@ pub mod inspect;
 mod ordered;
 pub mod pack;
 pub mod plan;
-pub mod scan;
+pub mod source;
 pub mod verify;
 pub mod views;
 

@@ -22,7 +22,7 @@ use shared::{Error, Result};
 
 use crate::config::PackConfig;
 use crate::ordered::ordered;
-use crate::scan::{Listing, Sample};
+use crate::source::{Listing, Sample};
 use crate::views::{SampleViews, Worker, make_views};
 
 /// The file that names the images that could not be used; it is there even when it is empty.
@@ -39,7 +39,7 @@ const WAITING_BYTES: usize = 256 << 20;
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Reject {
-    /// Path relative to the input folder.
+    /// Its name.
     pub path: String,
     /// Why.
     pub reason: String,
@@ -103,11 +103,11 @@ impl fmt::Display for PackSummary {
 /// Packs a folder of images.
 ///
 /// # Errors
-/// As [`Listing::scan`] and [`OutputDir::begin`]; [`Error::Invalid`] when the disk is too small or too many images cannot be used;
+/// As [`Listing::open`] and [`OutputDir::begin`]; [`Error::Invalid`] when the disk is too small or too many images cannot be used;
 /// [`Error::Io`], with advice when the disk is full.
 pub fn pack(config: &PackConfig) -> Result<PackSummary> {
     let output = config.output.as_deref().ok_or_else(|| Error::usage("`--output` is required"))?;
-    let listing = Listing::scan(&config.input)?;
+    let listing = Listing::open(&config.input, &config.source)?;
     must_fit(PACKING, output, bytes_to_write(config, output, listing.samples.len()), free_bytes(output), FEWER_BYTES)?;
     let identity = Identity::new(Stage::DataPrep, &config.shards, config.seed, vec![listing.as_input()])?;
     let dir = match OutputDir::begin(output, &identity, config.overwrite)? {
@@ -193,7 +193,7 @@ impl Job<'_> {
     }
 
     fn make(&self, sample: &Sample, worker: &mut Worker, views: &mut SampleViews) -> Result<(), String> {
-        make_views(&self.listing.path_of(sample), sample.id, self.config.seed, &self.config.shards, worker, views)
+        make_views(self.listing, sample, self.config.seed, &self.config.shards, worker, views)
     }
 
     /// Finds the shards that an earlier run completed.
@@ -233,7 +233,7 @@ impl Job<'_> {
                 Ok(()) if stored && self.equals(&shard, row, &views)? => row += 1,
                 Ok(()) => return Ok(None),
                 Err(_) if stored => return Ok(None),
-                Err(reason) => rejects.push(Reject { path: sample.path.clone(), reason }),
+                Err(reason) => rejects.push(Reject { path: sample.name.to_string(), reason }),
             }
         }
         Ok((row == shard.len()).then_some(rejects))
@@ -283,8 +283,8 @@ impl Job<'_> {
                     pool().push(views);
                 }
                 Err(reason) => {
-                    progress.note(&format!("rejected `{}`: {reason}", sample.path));
-                    packed.rejects.push(Reject { path: sample.path.clone(), reason });
+                    progress.note(&format!("rejected `{}`: {reason}", sample.name));
+                    packed.rejects.push(Reject { path: sample.name.to_string(), reason });
                 }
             }
             progress.inc(1);

@@ -10,7 +10,7 @@ use shared::{Error, Result};
 
 use crate::config::PackConfig;
 use crate::pack::{FEWER_BYTES, PACKING, bytes_to_write, in_packing_order};
-use crate::scan::Listing;
+use crate::source::Listing;
 use crate::views::{SampleViews, Worker, make_views};
 
 /// How many samples are made to measure the speed.
@@ -63,18 +63,17 @@ pub struct Plan {
 /// Plans a packing.
 ///
 /// # Errors
-/// As [`Listing::scan`]; [`Error::Invalid`] when none of the measured images can be used.
+/// As [`Listing::open`]; [`Error::Invalid`] when none of the measured images can be used.
 pub fn plan(config: &PackConfig) -> Result<Plan> {
-    let listing = Listing::scan(&config.input)?;
+    let listing = Listing::open(&config.input, &config.source)?;
     let order = in_packing_order(&listing, config.seed);
     let (mut worker, mut views) = (Worker::default(), SampleViews::default());
     let (mut measured, mut rejects, mut first_reason) = (0usize, 0usize, String::new());
     let start = Instant::now();
     for sample in order.iter().take(MEASURED_SAMPLES) {
-        let path = listing.path_of(sample);
-        if let Err(reason) = make_views(&path, sample.id, config.seed, &config.shards, &mut worker, &mut views) {
+        if let Err(reason) = make_views(&listing, sample, config.seed, &config.shards, &mut worker, &mut views) {
             rejects += 1;
-            first_reason = format!("`{}`: {reason}", sample.path);
+            first_reason = format!("`{}`: {reason}", sample.name);
         }
         measured += 1;
         if start.elapsed().as_secs_f64() > MEASURED_SECS {

@@ -16,7 +16,7 @@ use shared::{Error, Fault, Result};
 
 use crate::args::VerifyArgs;
 use crate::pack::{REJECTS_FILE, Reject};
-use crate::scan::{Listing, Sample};
+use crate::source::{Listing, Sample, SourceOptions};
 use crate::views::{SampleViews, Worker, draw_row, make_views};
 
 /// What was checked.
@@ -82,7 +82,7 @@ pub fn verify(args: &VerifyArgs) -> Result<VerifySummary> {
     check_rejects(&set)?;
     check_samples(&set, &config)?;
     let compared_samples = match &args.source {
-        Some(source) => compare_with_source(&set, &config, source, args.samples)?,
+        Some(source) => compare_with_source(&set, &config, (source, &args.options), args.samples)?,
         None => 0,
     };
     Ok(VerifySummary {
@@ -141,7 +141,12 @@ fn check_rows(shard: &Shard, config: &ShardConfig, seed: u64) -> Result<(), Faul
     Ok(())
 }
 
-fn compare_with_source(set: &ShardSet, config: &ShardConfig, source: &Path, samples: usize) -> Result<usize> {
+fn compare_with_source(
+    set: &ShardSet,
+    config: &ShardConfig,
+    (source, options): (&Path, &SourceOptions),
+    samples: usize,
+) -> Result<usize> {
     if config.decoder != DECODER {
         return Err(Error::Chain {
             what: "decoder".into(),
@@ -153,7 +158,7 @@ fn compare_with_source(set: &ShardSet, config: &ShardConfig, source: &Path, samp
                     .into(),
         });
     }
-    let listing = Listing::scan(source)?;
+    let listing = Listing::open(source, options)?;
     let by_id: BTreeMap<u64, &Sample> = listing.samples.iter().map(|sample| (sample.id, sample)).collect();
     let seed = set.manifest().identity.seed;
     let mut chosen: Vec<usize> = (0..set.len()).collect();
@@ -174,8 +179,8 @@ fn compare_with_source(set: &ShardSet, config: &ShardConfig, source: &Path, samp
         let Some(sample) = by_id.get(&id) else {
             return Err(chain(format!("sample {id:016x}"), "an image of that identity", "none".into()));
         };
-        let pixels_of = || format!("image `{}`", sample.path);
-        make_views(&listing.path_of(sample), id, seed, config, &mut worker, &mut views)
+        let pixels_of = || format!("image `{}`", sample.name);
+        make_views(&listing, sample, seed, config, &mut worker, &mut views)
             .map_err(|reason| chain(pixels_of(), "the image that was packed", reason))?;
         for (view, pixels) in views.pixels.chunks_exact(size).enumerate() {
             if set.pixels(index, view)? != pixels {

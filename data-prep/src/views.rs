@@ -1,20 +1,16 @@
 //! All views of one sample from one decoded image.
 
-use std::fs;
-use std::path::Path;
-
 use shared::Result;
 use shared::shard::{ShardConfig, VIEW_PARAMETERS};
-use shared::space::human;
 use shared::transforms::decode::decode_into;
 use shared::transforms::{Recipe, RgbImage, Scratch, View};
 
-/// No image file is larger.
-const LARGEST_FILE_BYTES: u64 = 1 << 30;
+use crate::source::{Listing, Payload, Reader, Sample};
 
 /// What a worker keeps from sample to sample, so that it need not allocate.
 #[derive(Debug, Default)]
 pub struct Worker {
+    reader: Reader,
     scratch: Scratch,
     spare: Vec<u8>,
 }
@@ -28,18 +24,17 @@ pub struct SampleViews {
     pub params: Vec<f32>,
 }
 
-/// Reads and decodes a file; the error is a reason for people, without the path.
+/// Reads and decodes a sample; the error is a reason for people, without the name.
 ///
 /// # Errors
-/// Why the file cannot be used.
-pub fn load(path: &Path, worker: &mut Worker) -> Result<RgbImage, String> {
-    let unreadable = |e: std::io::Error| format!("cannot read it: {e}");
-    let bytes = fs::metadata(path).map_err(unreadable)?.len();
-    if bytes > LARGEST_FILE_BYTES {
-        return Err(format!("the file has {}, the limit is {}", human(bytes), human(LARGEST_FILE_BYTES)));
+/// Why the sample cannot be used.
+pub fn load(listing: &Listing, sample: &Sample, worker: &mut Worker) -> Result<RgbImage, String> {
+    match worker.reader.load(listing, sample)? {
+        Payload::Encoded(bytes) => {
+            decode_into(bytes, std::mem::take(&mut worker.spare)).map_err(|fault| fault.to_string())
+        }
+        Payload::Pixels(image) => Ok(image),
     }
-    let file = fs::read(path).map_err(unreadable)?;
-    decode_into(&file, std::mem::take(&mut worker.spare)).map_err(|fault| fault.to_string())
 }
 
 /// The row of numbers that `recipe` draws for one view of an image of a given size.
@@ -53,25 +48,25 @@ pub fn draw_row(
     recipe.draw(seed, sample_id, View::Global(view), source.0, source.1).to_row()
 }
 
-/// Makes all views of the sample at `path` into `views`, whose memory is used again.
+/// Makes all views of a sample into `views`, whose memory is used again.
 ///
 /// # Errors
-/// Why the file cannot be used.
+/// Why the sample cannot be used.
 pub fn make_views(
-    path: &Path,
-    sample_id: u64,
+    listing: &Listing,
+    sample: &Sample,
     seed: u64,
     config: &ShardConfig,
     worker: &mut Worker,
     views: &mut SampleViews,
 ) -> Result<(), String> {
-    let image = load(path, worker)?;
+    let image = load(listing, sample, worker)?;
     views.params.clear();
     views.pixels.resize(config.views * config.size * config.size * 3, 0);
     let chunks = views.pixels.chunks_exact_mut(config.size * config.size * 3);
     for (view, pixels) in chunks.enumerate() {
         let view = View::Global(view);
-        let drawn = config.recipe.draw(seed, sample_id, view, image.height(), image.width());
+        let drawn = config.recipe.draw(seed, sample.id, view, image.height(), image.width());
         config
             .recipe
             .apply(view, &image, &drawn, config.size, &mut worker.scratch, pixels)

@@ -9,6 +9,7 @@ use data_prep::args::{InspectArgs, PackOptions, VerifyArgs};
 use data_prep::inspect::inspect;
 use data_prep::pack::{Reject, pack};
 use data_prep::plan::plan;
+use data_prep::source::SourceOptions;
 use data_prep::verify::{shard_config, verify};
 use fixtures::{Outcome, config, contents, copy, cut, photos};
 use shared::io::{write_atomic, write_json};
@@ -23,7 +24,15 @@ fn rejects(directory: &Path) -> Vec<Reject> {
 }
 
 fn verify_args(shards: &Path, source: Option<&Path>) -> VerifyArgs {
-    VerifyArgs { shards: shards.into(), source: source.map(Into::into), samples: 100, quiet: true, json: false }
+    let options = SourceOptions::default();
+    VerifyArgs {
+        shards: shards.into(),
+        source: source.map(Into::into),
+        options,
+        samples: 100,
+        quiet: true,
+        json: false,
+    }
 }
 
 /// Turns a finished set into what a killed run leaves: no manifest, no rejects, half a file, and without the named shards.

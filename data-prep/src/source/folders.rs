@@ -1,84 +1,36 @@
-//! Which samples a folder holds: a sorted list, the same on every machine.
+//! Folders of image files: one directory per class, or flat.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use shared::cli::must_exist;
-use shared::manifest::Input;
 use shared::shard::sample_id;
 use shared::{Error, Result};
+
+use super::{InputFormat, Listing, Place, Sample, SourceOptions};
 
 /// Extensions that mark a file as an image, in lower case. Some cannot be decoded: those files are rejected by name, not overlooked.
 const EXTENSIONS: [&str; 15] =
     ["avif", "bmp", "gif", "heic", "jfif", "jpe", "jpeg", "jpg", "jxl", "pgm", "png", "ppm", "tif", "tiff", "webp"];
 
-/// One image.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Sample {
-    /// Path relative to the input folder, with `/` separators.
-    pub path: String,
-    /// Its identity: see [`sample_id`].
-    pub id: u64,
-    /// Class index, -1 without classes.
-    pub label: i64,
-    /// Size of the file.
-    pub bytes: u64,
-}
-
-/// The samples of a folder.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Listing {
-    /// The folder.
-    pub root: PathBuf,
-    /// Sorted by path.
-    pub samples: Vec<Sample>,
-    /// Class names in the order of their labels; empty for a flat folder.
-    pub classes: Vec<String>,
-}
-
-impl Listing {
-    /// Lists a class-folder tree or a flat folder.
-    ///
-    /// Classes are the top-level directories that hold an image at any depth, sorted by name. Hidden files and directories are
-    /// skipped, symbolic links are followed.
-    ///
-    /// # Errors
-    /// [`Error::Missing`] or [`Error::Invalid`] when there is no such folder, it holds no image, images lie both beside and inside
-    /// directories, a name is not UTF-8, links form a circle, or two paths have the same identity; [`Error::Io`].
-    pub fn scan(root: &Path) -> Result<Self> {
-        must_exist("input folder", root)?;
-        if !root.is_dir() {
-            return Err(Error::invalid(
-                format!("`{}` is not a folder", root.display()),
-                "give the folder that holds the images",
-            ));
-        }
-        let mut samples = Vec::new();
-        walk(root, "", &mut Vec::new(), &mut samples)?;
-        if samples.is_empty() {
-            let hint = "give a folder of images, or a folder with one directory of images per class";
-            return Err(Error::invalid(format!("`{}` holds no image", root.display()), hint));
-        }
-        samples.sort_by(|a, b| a.path.cmp(&b.path));
-        refuse_collisions(&samples)?;
-        let classes = classify(root, &mut samples)?;
-        Ok(Self { root: root.to_path_buf(), samples, classes })
+/// Lists a class-folder tree or a flat folder.
+///
+/// Classes are the top-level directories that hold an image at any depth, sorted by name. Hidden files and directories are
+/// skipped, symbolic links are followed.
+pub(super) fn list(root: &Path, options: &SourceOptions) -> Result<Listing> {
+    if !root.is_dir() {
+        return Err(Error::invalid(
+            format!("`{}` is not a folder", root.display()),
+            "give the folder that holds the images",
+        ));
     }
-
-    /// Where a sample lies.
-    pub fn path_of(&self, sample: &Sample) -> PathBuf {
-        sample.path.split('/').fold(self.root.clone(), |path, part| path.join(part))
-    }
-
-    /// The folder as an input of the shard set; its fingerprint covers the names and sizes of the images.
-    pub fn as_input(&self) -> Input {
-        let mut hasher = blake3::Hasher::new();
-        for sample in &self.samples {
-            hasher.update(sample.path.as_bytes()).update(&[0]).update(&sample.bytes.to_le_bytes());
-        }
-        let fingerprint = hasher.finalize().to_hex().to_string();
-        Input { role: "images".into(), path: self.root.display().to_string(), fingerprint }
-    }
+    let mut samples = Vec::new();
+    walk(root, "", &mut Vec::new(), &mut samples)?;
+    samples.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+    let classes = match options.input_format {
+        Some(InputFormat::Flat) => Vec::new(),
+        Some(InputFormat::ClassFolders) | None => classify(root, &mut samples)?,
+    };
+    Ok(Listing { root: root.to_path_buf(), samples, classes })
 }
 
 fn walk(directory: &Path, prefix: &str, above: &mut Vec<PathBuf>, samples: &mut Vec<Sample>) -> Result<()> {
@@ -105,7 +57,13 @@ fn walk(directory: &Path, prefix: &str, above: &mut Vec<PathBuf>, samples: &mut 
             walk(&path, &relative, above, samples)?;
         } else if is_image(name) {
             let bytes = metadata.map_or(0, |metadata| metadata.len());
-            samples.push(Sample { id: sample_id(&relative), path: relative, label: -1, bytes });
+            samples.push(Sample {
+                id: sample_id(&relative),
+                name: relative.into(),
+                label: -1,
+                bytes,
+                place: Place::File,
+            });
         }
     }
     above.pop();
@@ -118,29 +76,17 @@ fn is_image(name: &str) -> bool {
     })
 }
 
-fn refuse_collisions(samples: &[Sample]) -> Result<()> {
-    let mut by_id: Vec<&Sample> = samples.iter().collect();
-    by_id.sort_by_key(|sample| sample.id);
-    match by_id.windows(2).find(|pair| pair[0].id == pair[1].id) {
-        None => Ok(()),
-        Some(pair) => Err(Error::invalid(
-            format!("`{}` and `{}` have the same identity {:016x}", pair[0].path, pair[1].path, pair[0].id),
-            "rename one of the two",
-        )),
-    }
-}
-
 /// Labels the samples of a class-folder tree; a flat folder has no classes.
 fn classify(root: &Path, samples: &mut [Sample]) -> Result<Vec<String>> {
-    let class_of = |sample: &Sample| sample.path.split_once('/').map(|(class, _)| class.to_string());
+    let class_of = |sample: &Sample| sample.name.split_once('/').map(|(class, _)| class.to_string());
     let beside = samples.iter().find(|sample| class_of(sample).is_none());
     let inside = samples.iter().find(|sample| class_of(sample).is_some());
     if let (Some(beside), Some(inside)) = (beside, inside) {
         let what = format!(
             "`{}` is neither flat nor a folder of classes: it holds `{}` and `{}`",
             root.display(),
-            beside.path,
-            inside.path
+            beside.name,
+            inside.name
         );
         return Err(Error::invalid(what, "move the images at the top into directories, one for each class"));
     }
@@ -158,6 +104,7 @@ fn classify(root: &Path, samples: &mut [Sample]) -> Result<Vec<String>> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::refuse_collisions;
     use super::*;
     use shared::io::{create_directory, write_atomic};
 
@@ -171,6 +118,10 @@ mod tests {
         root
     }
 
+    fn scan(path: &Path) -> Result<Listing> {
+        Listing::open(path, &SourceOptions::default())
+    }
+
     #[test]
     fn classes_are_sorted_directories_that_hold_images() {
         let root = tree(&[
@@ -182,9 +133,9 @@ mod tests {
             "b/.hidden.png",
             "LICENSE",
         ]);
-        let listing = Listing::scan(root.path()).unwrap();
+        let listing = scan(root.path()).unwrap();
         assert_eq!(listing.classes, ["a b", "b"]);
-        let found: Vec<(&str, i64)> = listing.samples.iter().map(|s| (s.path.as_str(), s.label)).collect();
+        let found: Vec<(&str, i64)> = listing.samples.iter().map(|s| (&*s.name, s.label)).collect();
         assert_eq!(found, [("a b/deep/x.webp", 0), ("b/1.png", 1), ("b/2.JPG", 1)]);
         assert_eq!(listing.samples[0].id, sample_id("a b/deep/x.webp"));
         assert!(listing.path_of(&listing.samples[0]).is_file());
@@ -192,26 +143,26 @@ mod tests {
 
     #[test]
     fn flat_folder_has_no_classes() {
-        let listing = Listing::scan(tree(&["2.jpg", "1.jpg", "notes.txt"]).path()).unwrap();
+        let listing = scan(tree(&["2.jpg", "1.jpg", "notes.txt"]).path()).unwrap();
         assert_eq!((listing.classes.len(), listing.samples[0].label), (0, -1));
-        assert_eq!(listing.samples[0].path, "1.jpg");
+        assert_eq!(&*listing.samples[0].name, "1.jpg");
     }
 
     #[test]
     fn wrong_inputs_get_a_sentence() {
-        let sentence = |path: &Path| Listing::scan(path).unwrap_err().to_string();
+        let sentence = |path: &Path| scan(path).unwrap_err().to_string();
         let root = tree(&["a/1.jpg", "2.jpg"]);
         assert!(sentence(root.path()).contains("`2.jpg` and `a/1.jpg`"));
         assert!(sentence(&root.path().join("no")).contains("does not exist"));
         assert!(sentence(&root.path().join("2.jpg")).contains("not a folder"));
         assert!(sentence(tree(&["x.txt"]).path()).contains("holds no image"));
-        let two = |path: &str| Sample { path: path.into(), id: 7, label: 0, bytes: 0 };
+        let two = |path: &str| Sample { name: path.into(), id: 7, label: 0, bytes: 0, place: Place::File };
         assert!(refuse_collisions(&[two("a"), two("b")]).unwrap_err().to_string().contains("same identity"));
     }
 
     #[test]
     fn fingerprint_covers_names_and_sizes() {
-        let print = |files: &[&str]| Listing::scan(tree(files).path()).unwrap().as_input().fingerprint;
+        let print = |files: &[&str]| scan(tree(files).path()).unwrap().as_input().fingerprint;
         assert_eq!(print(&["1.jpg", "2.jpg"]), print(&["2.jpg", "1.jpg"]));
         assert_ne!(print(&["1.jpg", "2.jpg"]), print(&["1.jpg", "3.jpg"]));
         assert_ne!(print(&["1.jpg"]), print(&["1.jpg", "2.jpg"]));
@@ -224,10 +175,10 @@ mod tests {
         let root = tree(&["a/1.jpg", "far/2.jpg"]);
         symlink(root.path().join("far"), root.path().join("b")).unwrap();
         symlink(root.path().join("no-such"), root.path().join("a/3.jpg")).unwrap();
-        let listing = Listing::scan(root.path()).unwrap();
+        let listing = scan(root.path()).unwrap();
         assert_eq!(listing.classes, ["a", "b", "far"]);
         assert_eq!(listing.samples.len(), 4);
         symlink(root.path(), root.path().join("a/up")).unwrap();
-        assert!(Listing::scan(root.path()).unwrap_err().to_string().contains("links to a directory"));
+        assert!(scan(root.path()).unwrap_err().to_string().contains("links to a directory"));
     }
 }
