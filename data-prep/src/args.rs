@@ -14,7 +14,8 @@ use crate::source::SourceOptions;
 /// Packs images into shards of ready-made views, which the other stages read by memory map
 ///
 /// The input is a folder of classes (one directory per class, as torchvision reads it: classes are sorted by
-/// name) or a flat folder without classes. JPEG, PNG, WebP and BMP are told by their contents. What is packed is the picture a
+/// name), a flat folder without classes, ImageNet in its official archives or as Kaggle gives it, WebDataset tars, Parquet files of
+/// Hugging Face, CIFAR, or a list of paths. JPEG, PNG, WebP and BMP are told by their contents. What is packed is the picture a
 /// person sees: grey, palette, 16-bit, CMYK and transparent images (laid over white) become 8-bit RGB. The EXIF orientation is
 /// not applied, as in torchvision. Images that cannot be used are named in `rejects.jsonl` with the reason.
 ///
@@ -37,6 +38,36 @@ pub enum Command {
     ///
     /// Every image is decoded once and gives `--views` augmented views. Samples are written in a random order that `--seed`
     /// fixes. Shards appear one by one, each complete; an interrupted run keeps those and goes on. A finished set is left alone.
+    ///
+    /// How inputs are read:
+    ///
+    /// * Class folders: every directory at the top is a class, its images lie at any depth. Directories `train` and `val` at the top
+    ///   are parts. A link to a directory that holds it is an error; a broken link to an image is a reject.
+    ///
+    /// * ilsvrc2012: the directory with ILSVRC2012_img_train.tar, or ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz (or
+    ///   the directory it unpacks to). Labels count the sorted WordNet names, which are the class names.
+    ///
+    /// * kaggle: the directory that holds ILSVRC/ and the LOC_ tables. An image of `val` that has no line in LOC_val_solution.csv,
+    ///   or no file, is a reject.
+    ///
+    /// * webdataset: tars whose members KEY.jpg (.png, .webp, ...: the first of jpg, jpeg, png that a key has) come with KEY.cls, an
+    ///   integer, or KEY.json with an integer `label`, `cls` or `class`. Without a label a sample gets -1. Classes are numbered up
+    ///   to the largest label. Samples are named by their members, or by TAR/MEMBER where members of two tars have one name.
+    ///   Compressed tars must be decompressed first.
+    ///
+    /// * parquet: columns `image` (or `img`; bytes, or bytes and path) and `label` (or `labels`, `fine_label`); class names come from
+    ///   the metadata of Hugging Face. Samples are named by `image.path` where every row has one of its own, otherwise
+    ///   FILE.parquet/ROW. Pages compressed by Snappy, LZ4, gzip or Brotli are read, by Zstandard not. A worker reads a row group's
+    ///   dictionary for a row in it: files with small row groups pack faster.
+    ///
+    /// * cifar10, cifar100: the directory of binary files; the pixels are taken as they are. Labels of CIFAR-100 are the fine ones.
+    ///
+    /// * list: lines `PATH`, or PATH and label after a tab, comma or space. Labels are integers up to 999999, or names, which are
+    ///   sorted.
+    ///
+    /// A sample that is listed but cannot be used is a reject with a reason: a name that is not UTF-8 (told with escapes), a label
+    /// that is no number or outside the classes, an archive's member that is a link, is stored sparsely or is cut off. Where a
+    /// tar's headers are damaged, what comes before is used and the tar itself is named as a reject.
     ///
     /// Example: data-prep pack --input photos --output out/shards --recipe moco-v2 --views 4 --size 224
     Pack(PackArgs),
@@ -101,8 +132,8 @@ impl PlanArgs {
 #[derive(Debug, Clone, Default, ClapArgs, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct PackOptions {
-    /// Folder of class directories, or flat folder of images; symbolic links are followed, hidden files are not
-    #[arg(long, value_name = "DIR")]
+    /// Folder, archive or list of images: see `--input-format`; symbolic links are followed, hidden files are not listed
+    #[arg(long, value_name = "PATH")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub input: Option<PathBuf>,
 
@@ -181,8 +212,8 @@ pub struct VerifyArgs {
     #[arg(value_name = "SHARDS")]
     pub shards: PathBuf,
 
-    /// The folder it was packed from: makes some samples again and compares every byte
-    #[arg(long, value_name = "DIR")]
+    /// The images it was packed from, packaged in any way: makes some samples again and compares every byte
+    #[arg(long, value_name = "PATH")]
     pub source: Option<PathBuf>,
 
     /// What the source is.
