@@ -83,6 +83,14 @@ pub enum Command {
     Verify(VerifyArgs),
     /// Describe a finished shard set, or draw a contact sheet of its views
     Inspect(InspectArgs),
+    /// Give other views of a set of source images, without copying a pixel
+    ///
+    /// Writes a directory with a manifest alone, which names the source set and the views: every stage opens it like any shard
+    /// set and redraws the views as it reads them. One set packed with `--store source` so serves training, linear probes and
+    /// evaluation. The source set must stay where it is, seen from the new one.
+    ///
+    /// Example: data-prep redraw --shards out/source --recipe eval-center --output out/val
+    Redraw(RedrawArgs),
 }
 
 /// `data-prep pack`.
@@ -162,15 +170,26 @@ pub struct PackOptions {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub size: Option<u32>,
 
-    /// What a shard holds: `views`, the augmented views of every sample [default: views]
+    /// What a shard holds [default: views]
     #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub store: Option<Store>,
 
-    /// How pixels are stored: `raw`, as bytes to be mapped into memory [default: raw]
+    /// How pixels are stored [default: raw]
     #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub codec: Option<Codec>,
+
+    /// With `--store source`: resize longer short sides to this many pixels, or `original` to keep every image as it is
+    /// [default: 256]
+    #[arg(long, value_name = "PIXELS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub short_side: Option<NumberOrText>,
+
+    /// With `--codec jpeg`: 1 (smallest) to 100 (best) [default: 90]
+    #[arg(long, value_name = "Q")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quality: Option<u32>,
 
     /// Seed of the views and of the order of the samples [default: 0]
     #[arg(long, value_name = "SEED")]
@@ -203,6 +222,38 @@ fn recipe_help() -> String {
     let width = BUILT_IN.iter().map(|built_in| built_in.name.len()).max().unwrap_or(0);
     let lines = BUILT_IN.map(|built_in| format!("  {:width$}  {}", built_in.name, built_in.summary));
     format!("Augmentations: a built-in recipe or a TOML file\n\n{}", lines.join("\n"))
+}
+
+/// `data-prep redraw`.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct RedrawArgs {
+    /// Set of source images, made by `pack --store source`
+    #[arg(long, value_name = "DIR")]
+    pub shards: PathBuf,
+
+    /// Augmentations, as for `pack`
+    #[arg(long, value_name = "RECIPE")]
+    pub recipe: String,
+
+    /// Views per sample [default: 4, or 1 for a recipe without chance]
+    #[arg(long, value_name = "V")]
+    pub views: Option<u32>,
+
+    /// Height and width of a view in pixels [default: 224]
+    #[arg(long, value_name = "PIXELS")]
+    pub size: Option<u32>,
+
+    /// Seed of the views [default: 0]
+    #[arg(long, value_name = "SEED")]
+    pub seed: Option<u64>,
+
+    /// Directory of the new set
+    #[arg(long, value_name = "DIR")]
+    pub output: PathBuf,
+
+    /// Common options; `--threads` does nothing here.
+    #[command(flatten)]
+    pub common: CommonArgs,
 }
 
 /// `data-prep verify`.

@@ -8,8 +8,9 @@ use image::{ImageFormat, RgbImage};
 use serde::Serialize;
 use shared::io::write_atomic;
 use shared::manifest::short;
-use shared::shard::{Shard, ShardSet};
+use shared::shard::{Codec, Shard, ShardSet, Store, ViewReader};
 use shared::space::human;
+use shared::transforms::View;
 use shared::{Error, Result};
 
 use crate::args::InspectArgs;
@@ -40,6 +41,14 @@ pub struct Description {
     pub height: usize,
     /// Width of a view.
     pub width: usize,
+    /// Local views of each sample, of a multi-crop recipe.
+    pub local_views: usize,
+    /// What the shards hold.
+    pub store: Store,
+    /// How pixels are stored.
+    pub codec: Codec,
+    /// The set of source images that this one redraws, if it has no shards of its own.
+    pub redraws: Option<PathBuf>,
     /// Number of shards.
     pub shard_files: usize,
     /// Size of all files.
@@ -68,6 +77,20 @@ impl fmt::Display for Description {
             "views        {} x {} x {} by `{}`, seed {}",
             self.views, self.height, self.width, self.recipe, self.seed
         )?;
+        if self.local_views > 0 {
+            writeln!(f, "             and {} local views", self.local_views)?;
+        }
+        let stored = match (self.store, self.codec) {
+            (Store::Views, Codec::Raw) => "views, as plain pixels",
+            (Store::Views, Codec::Jpeg) => "views, as JPEG",
+            (Store::Source, Codec::Raw) => "source images, as plain pixels: views are redrawn when read",
+            (Store::Source, Codec::Jpeg) => "source images, as JPEG: views are redrawn when read",
+        };
+        write!(f, "stored       {stored}")?;
+        match &self.redraws {
+            Some(base) => writeln!(f, "; they lie in `{}`", base.display())?,
+            None => writeln!(f)?,
+        }
         let shown: Vec<String> = self.classes.iter().take(20).map(|(name, count)| format!("{name} {count}")).collect();
         let more = if self.classes.len() > 20 { ", ..." } else { "" };
         write!(f, "classes      {}: {}{more}", self.classes.len(), shown.join(", "))?;
@@ -108,9 +131,13 @@ pub fn inspect(args: &InspectArgs) -> Result<Description> {
         views: set.views(),
         height: set.height(),
         width: set.width(),
+        local_views: set.local_views(),
+        store: set.store(),
+        codec: set.codec(),
+        redraws: set.is_redrawn().then(|| set.files_directory().to_path_buf()),
         shard_files: set.shards().len(),
-        bytes: set.manifest().files.iter().map(|file| file.bytes).sum(),
-        rejects: set.manifest().count("rejects"),
+        bytes: set.files_manifest().files.iter().map(|file| file.bytes).sum(),
+        rejects: set.files_manifest().count("rejects"),
         classes: set.classes().iter().cloned().zip(counts).collect(),
         grid: args.grid.clone(),
     })
@@ -125,11 +152,12 @@ fn contact_sheet(set: &ShardSet, rows: usize, columns: usize) -> Result<RgbImage
             format!("a contact sheet of {width} x {height} pixels is too large, use fewer `--samples` or `--views`");
         return Err(Error::usage(what));
     }
+    let mut reader = ViewReader::default();
     let mut sheet = vec![255u8; height * width * 3];
     for row in 0..rows {
         let sample = row * set.len() / rows;
         for column in 0..columns {
-            let view = set.pixels(sample, column)?;
+            let view = reader.read(set, sample, View::Global(column))?;
             for (y, line) in view.chunks_exact(set.width() * 3).enumerate() {
                 let top = GAP_PX + row * (set.height() + GAP_PX) + y;
                 let left = GAP_PX + column * (set.width() + GAP_PX);

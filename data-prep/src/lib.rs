@@ -2,7 +2,7 @@
 //!
 //! `source` lists the samples and their classes in a fixed order. `pack` decodes every image once, makes its views by the recipe and
 //! writes them, shard by shard, in a seeded random order. `plan` says beforehand what that takes; `verify` and `inspect` read a
-//! finished set. The bytes depend on the images, the recipe and the seed, never on threads, on interruptions or on the machine.
+//! finished set; `redraw` gives other views of a set of source images. The bytes depend on the images, the recipe and the seed, never on threads, on interruptions or on the machine.
 
 pub mod args;
 pub mod config;
@@ -10,6 +10,7 @@ pub mod inspect;
 mod ordered;
 pub mod pack;
 pub mod plan;
+pub mod redraw;
 pub mod source;
 pub mod verify;
 pub mod views;
@@ -43,6 +44,13 @@ pub fn run(args: &Args) -> Result<()> {
         Command::Verify(args) => {
             let summary = verify::verify(args)?;
             if args.json { print_json(&summary) } else { print(&summary.to_string()) }
+        }
+        Command::Redraw(args) => {
+            let summary = redraw::redraw(args)?;
+            if !args.common.quiet {
+                note(&summary.to_string());
+            }
+            if args.common.json { print_json(&summary) } else { Ok(()) }
         }
         Command::Inspect(args) => {
             let summary = inspect::inspect(args)?;

@@ -117,12 +117,7 @@ pub fn pack(config: &PackConfig) -> Result<PackSummary> {
     let job = Job {
         config,
         samples: in_packing_order(&listing, config.seed),
-        details: ShardSetDetails {
-            views: config.shards.views,
-            height: config.shards.size,
-            width: config.shards.size,
-            classes: listing.classes.clone(),
-        },
+        details: config.shards.details(listing.classes.clone()),
         listing: &listing,
         directory: dir.path().to_path_buf(),
     };
@@ -230,25 +225,13 @@ impl Job<'_> {
                 continue;
             }
             match self.make(sample, worker, &mut views) {
-                Ok(()) if stored && self.equals(&shard, row, &views)? => row += 1,
+                Ok(()) if stored && shard.holds(row, &views)? => row += 1,
                 Ok(()) => return Ok(None),
                 Err(_) if stored => return Ok(None),
                 Err(reason) => rejects.push(Reject { path: sample.name.to_string(), reason }),
             }
         }
         Ok((row == shard.len()).then_some(rejects))
-    }
-
-    fn equals(&self, shard: &Shard, row: usize, views: &SampleViews) -> Result<bool> {
-        let size = self.config.shards.size * self.config.shards.size * 3;
-        for (view, pixels) in views.pixels.chunks_exact(size).enumerate() {
-            let params = shard.view_params(row, view)?;
-            let drawn = &views.params[view * params.len()..][..params.len()];
-            if shard.view(row, view)? != pixels || params != *drawn {
-                return Ok(false);
-            }
-        }
-        Ok(true)
     }
 
     /// Makes the shards that are not there.
@@ -263,7 +246,7 @@ impl Job<'_> {
         let limit = config.max_rejects.of(self.samples.len());
         let pool: Mutex<Vec<SampleViews>> = Mutex::new(Vec::new());
         let pool = || pool.lock().unwrap_or_else(PoisonError::into_inner);
-        let sample_bytes = config.shards.views * config.shards.size * config.shards.size * 3;
+        let sample_bytes = usize::try_from(config.shards.sample_bytes()).unwrap_or(usize::MAX);
         let window = (WAITING_BYTES / sample_bytes.max(1)).clamp(config.threads + 1, config.threads * 16);
         let work = |worker: &mut Worker, item: usize| {
             let mut views = pool().pop().unwrap_or_default();
@@ -279,7 +262,7 @@ impl Job<'_> {
             };
             match result {
                 Ok(views) => {
-                    writer.push(sample.id, sample.label, &views.pixels, &views.params)?;
+                    writer.push_sample(sample.id, sample.label, &views)?;
                     pool().push(views);
                 }
                 Err(reason) => {
@@ -305,7 +288,7 @@ impl Job<'_> {
     fn create_shard(&self, index: usize) -> Result<ShardWriter> {
         let shards = &self.config.shards;
         let samples = shards.shard_samples.min(self.samples.len() - index * shards.shard_samples);
-        ShardWriter::create(self.shard_path(index), samples, shards.views, shards.size, shards.size)
+        ShardWriter::with_layout(self.shard_path(index), samples, &self.details)
     }
 
     /// Stops when more images than allowed, or all of them, cannot be used.

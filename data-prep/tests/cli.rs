@@ -76,7 +76,7 @@ fn wrong_usage_exits_with_2() -> Outcome {
         (&["--recipe", "mocov2"], "neither one of"),
         (&["--recipe", "moco-v2", "--views", "0"], "at least 1"),
         (&["--recipe", "eval-center", "--views", "2"], "no chance"),
-        (&["--recipe", "moco-v2", "--store", "source"], "possible values"),
+        (&["--recipe", "moco-v2", "--store", "pixels"], "possible values"),
         (&["--recipe", "moco-v2", "--max-rejects", "some"], "neither a number"),
         (&["--config", &toml], "viewz"),
     ];

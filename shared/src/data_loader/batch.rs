@@ -65,7 +65,7 @@ mod tests {
             writer.push(shard.into(), -1, &pixels, &[0.0; 2 * VIEW_PARAMETERS.len()]).unwrap();
             files.push(writer.finish().unwrap());
         }
-        let details = ShardSetDetails { views: 2, height: 1, width: 1, classes: Vec::new() };
+        let details = ShardSetDetails { views: 2, height: 1, width: 1, ..ShardSetDetails::default() };
         let identity = Identity::new(Stage::DataPrep, &serde_json::json!({}), 0, Vec::new()).unwrap();
         let counts = BTreeMap::from([("samples".to_string(), 2)]);
         Manifest::new(identity, counts, serde_json::json!(details), files).write(dir.path()).unwrap();
