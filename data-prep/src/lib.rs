@@ -1,16 +1,18 @@
 //! The first stage: packs a folder of images into a shard set.
 //!
 //! `scan` lists the samples and their classes in a fixed order. `pack` decodes every image once, makes its views by the recipe and
-//! writes them, shard by shard, in a seeded random order. `plan` says beforehand what that takes; `verify` and `inspect` read a
-//! finished set. The bytes depend on the images, the recipe and the seed, never on threads, on interruptions or on the machine.
+//! writes them, shard by shard, in a seeded random order. `plan` says beforehand what that takes; `verify`, `inspect` and `bench` read
+//! a finished set. The bytes depend on the images, the recipe and the seed, never on threads, on interruptions or on the machine.
 
 pub mod args;
+pub mod bench;
 pub mod config;
 pub mod inspect;
 mod ordered;
 pub mod pack;
 pub mod plan;
 pub mod scan;
+mod sheet;
 pub mod verify;
 pub mod views;
 
@@ -43,6 +45,10 @@ pub fn run(args: &Args) -> Result<()> {
         Command::Verify(args) => {
             let summary = verify::verify(args)?;
             if args.json { print_json(&summary) } else { print(&summary.to_string()) }
+        }
+        Command::Bench(args) => {
+            let measured = bench::bench(args)?;
+            if args.json { print_json(&measured) } else { print(&measured.to_string()) }
         }
         Command::Inspect(args) => {
             let summary = inspect::inspect(args)?;
