@@ -81,7 +81,9 @@ pub enum Command {
     /// the parameters that its recipe and seed draw. With `--source`, some samples are made again from their images and compared
     /// byte for byte.
     Verify(VerifyArgs),
-    /// Describe a finished shard set, or draw a contact sheet of its views
+    /// Describe a finished shard set, draw a contact sheet of its views or the picture of one sample
+    ///
+    /// Example: data-prep inspect out/shards --grid sheet.png --sample n01440764/n01440764_10026.JPEG --picture one.png
     Inspect(InspectArgs),
     /// Give other views of a set of source images, without copying a pixel
     ///
@@ -91,6 +93,12 @@ pub enum Command {
     ///
     /// Example: data-prep redraw --shards out/source --recipe eval-center --output out/val
     Redraw(RedrawArgs),
+    /// Measure how fast this machine reads a finished shard set, and say what that feeds
+    ///
+    /// Reads batches of two views of each sample, as training does, into normalised values: in the random order of `--order random`,
+    /// in that of `--order quasi`, and front to back; first with the set's files dropped from the page cache, so that the disk is
+    /// measured, then again from memory. A plain copy of as many values tells what memory allows.
+    Bench(BenchArgs),
 }
 
 /// `data-prep pack`.
@@ -291,7 +299,7 @@ pub struct InspectArgs {
     #[arg(value_name = "SHARDS")]
     pub shards: PathBuf,
 
-    /// Draw a contact sheet into this PNG file: a row for each sample, a column for each view
+    /// Draw a contact sheet into this PNG file: a row for each sample, a column for each view, with what was drawn for it
     #[arg(long, value_name = "FILE.png")]
     pub grid: Option<PathBuf>,
 
@@ -299,11 +307,47 @@ pub struct InspectArgs {
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub samples: u16,
 
-    /// Columns of the contact sheet
+    /// Views of each sample to show, of either size
     #[arg(long, value_name = "V", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub views: u16,
 
+    /// The sample to draw: its place in the set, its identity (16 hexadecimal digits) or its name as it was packed
+    #[arg(long, value_name = "SAMPLE", requires = "picture")]
+    pub sample: Option<String>,
+
+    /// Draw the views of `--sample` into this PNG file; of a source set also the stored image with the outlines of the crops
+    #[arg(long, value_name = "FILE.png", requires = "sample")]
+    pub picture: Option<PathBuf>,
+
     /// Print the description as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `data-prep bench`.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct BenchArgs {
+    /// The shard set
+    #[arg(value_name = "SHARDS")]
+    pub shards: PathBuf,
+
+    /// Samples in a batch, two views of each
+    #[arg(long, value_name = "B", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub batch_size: u32,
+
+    /// Seconds for each measurement
+    #[arg(long, value_name = "SECONDS", default_value_t = 3.0)]
+    pub seconds: f64,
+
+    /// Number of reading threads [default: all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub threads: Option<u16>,
+
+    /// Samples per second that a training takes, as its progress line says: tells whether this disk feeds it
+    #[arg(long, value_name = "RATE")]
+    pub need: Option<f64>,
+
+    /// Print the measurements as JSON
     #[arg(long)]
     pub json: bool,
 }

@@ -69,6 +69,21 @@ impl ViewReader {
         Ok(&self.pixels)
     }
 
+    /// The stored image of a sample of a source set; none in a set that stores views.
+    ///
+    /// # Errors
+    /// As [`ViewReader::read`].
+    ///
+    /// # Panics
+    /// When the sample is out of range.
+    pub fn source(&mut self, set: &ShardSet, index: usize) -> Result<Option<&RgbImage>> {
+        if set.store() != Store::Source {
+            return Ok(None);
+        }
+        self.load_source(set, index)?;
+        Ok(self.source.as_ref().map(|source| &source.image))
+    }
+
     /// Holds the source image of a sample, if it does not already.
     fn load_source(&mut self, set: &ShardSet, index: usize) -> Result<()> {
         let holder = &set.files_manifest().fingerprint;
