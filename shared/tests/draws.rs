@@ -62,7 +62,11 @@ fn deviation(golden: &Golden, name: &str, mut values: Vec<f64>) -> f64 {
 }
 
 /// Every quantity of one kind of view: its deviations by name.
-fn deviations(golden: &Golden, draw: &dyn Fn(u64, (usize, usize)) -> ViewParams, steps: &ViewRecipe) -> Vec<(String, f64)> {
+fn deviations(
+    golden: &Golden,
+    draw: &dyn Fn(u64, (usize, usize)) -> ViewParams,
+    steps: &ViewRecipe,
+) -> Vec<(String, f64)> {
     let mut found = Vec::new();
     for size in SIZES {
         let drawn: Vec<ViewParams> = (0..DRAWS as u64).map(|sample| draw(sample, size)).collect();
