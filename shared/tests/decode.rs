@@ -144,7 +144,7 @@ fn headers_tell_the_size_without_the_rest() {
         let size = (whole.height(), whole.width());
         assert_eq!(dimensions(&bytes), Ok(size), "{name}");
         // a TIFF file may have its header at the end
-        if !name.ends_with(".tif") {
+        if !name.contains(".tif") {
             let head = &bytes[..bytes.len() * 7 / 8];
             assert_eq!(dimensions(head), Ok(size), "{name}");
         }

@@ -69,12 +69,12 @@ pub fn decode_into(bytes: &[u8], memory: Vec<u8>) -> Result<RgbImage, Fault> {
 /// A [`Fault`]: not an image of these formats, a broken header, or too large.
 pub fn dimensions(bytes: &[u8]) -> Result<(usize, usize), Fault> {
     let format = format_of(bytes)?;
-    guarded(format, || match format {
-        ImageFormat::Jpeg => super::jpeg::dimensions(bytes),
-        _ => {
-            let (width, height) = open(bytes, format)?.dimensions();
-            Ok((height as usize, width as usize))
+    guarded(format, || {
+        if format == ImageFormat::Jpeg {
+            return super::jpeg::dimensions(bytes);
         }
+        let (width, height) = open(bytes, format)?.dimensions();
+        Ok((height as usize, width as usize))
     })
 }
 

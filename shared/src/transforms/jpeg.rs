@@ -19,7 +19,7 @@ pub(super) fn decode(bytes: &[u8], mut pixels: Vec<u8>) -> Result<RgbImage, Stri
             return RgbImage::new(height, width, pixels).map_err(|e| e.to_string());
         }
     }
-    let (mut decoder, height, width) = open(bytes)?;
+    let Opened { mut decoder, height, width } = open(bytes)?;
     pixels.resize(decoder.output_buffer_size().ok_or("it has no frame header")?, 0);
     decoder.decode_into(&mut pixels).map_err(|e| e.to_string())?;
     RgbImage::new(height, width, pixels).map_err(|e| e.to_string())
@@ -27,12 +27,18 @@ pub(super) fn decode(bytes: &[u8], mut pixels: Vec<u8>) -> Result<RgbImage, Stri
 
 /// Height and width from the header.
 pub(super) fn dimensions(bytes: &[u8]) -> Result<(usize, usize), String> {
-    let (_, height, width) = open(bytes)?;
+    let Opened { height, width, .. } = open(bytes)?;
     Ok((height, width))
 }
 
 /// A decoder that has read the header, and the height and width that it found.
-fn open(bytes: &[u8]) -> Result<(JpegDecoder<ZCursor<&[u8]>>, usize, usize), String> {
+struct Opened<'a> {
+    decoder: JpegDecoder<ZCursor<&'a [u8]>>,
+    height: usize,
+    width: usize,
+}
+
+fn open(bytes: &[u8]) -> Result<Opened<'_>, String> {
     let options = DecoderOptions::default()
         .set_strict_mode(true)
         .set_max_width(usize::MAX)
@@ -42,7 +48,7 @@ fn open(bytes: &[u8]) -> Result<(JpegDecoder<ZCursor<&[u8]>>, usize, usize), Str
     decoder.decode_headers().map_err(|e| e.to_string())?;
     let (width, height) = decoder.dimensions().ok_or("it has no frame header")?;
     check_size(width as u64, height as u64)?;
-    Ok((decoder, height, width))
+    Ok(Opened { decoder, height, width })
 }
 
 const START_OF_IMAGE: u8 = 0xd8;
