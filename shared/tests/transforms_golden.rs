@@ -1,9 +1,13 @@
 //! The augmentations against torchvision + Pillow: no byte may differ, at any instruction set of this machine.
 //! `tests/golden/transforms.py` made the values and says with which versions.
 
+#[path = "support/checksum.rs"]
+mod checksum;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use checksum::crc32;
 use serde::Deserialize;
 use shared::transforms::color_jitter::{JitterStep, apply_step};
 use shared::transforms::gaussian_blur::{self, BlurScratch};
@@ -53,25 +57,6 @@ impl View {
 
 fn golden() -> Golden {
     serde_json::from_str(include_str!("../../tests/golden/transforms.json")).expect("the golden file is JSON")
-}
-
-fn crc32(bytes: impl IntoIterator<Item = u8>) -> String {
-    static TABLE: [u32; 256] = {
-        let mut table = [0; 256];
-        let mut byte = 0;
-        while byte < 256 {
-            let (mut crc, mut bit) = (byte as u32, 0);
-            while bit < 8 {
-                crc = (crc >> 1) ^ (0xedb8_8320 & (crc & 1).wrapping_neg());
-                bit += 1;
-            }
-            table[byte] = crc;
-            byte += 1;
-        }
-        table
-    };
-    let crc = !bytes.into_iter().fold(!0u32, |crc, byte| (crc >> 8) ^ TABLE[usize::from(crc as u8 ^ byte)]);
-    format!("{crc:08x}")
 }
 
 /// The formula of `picture` in the script.

@@ -14,11 +14,13 @@ transforms.json:
             channels last. Steps happen more often than the recipes say, so that all are seen.
   steps     single steps on a whole picture, with factors that show a fused multiply-add, and beyond the recipes' ranges
   colors    single steps on a picture of 4096 x 4096 pixels that holds every colour, in rising order
+  decoded   [file, crc]: some of examples/photos, decoded by Pillow (libjpeg-turbo)
 photos/     the photos as PNG, so that no JPEG decoder matters
 images/     small files of every kind that decoding knows, and as NAME.expected.png what Pillow makes of them: `convert("RGB")`, but
-            transparency laid over white and 16 bits divided by 257.
+            transparency laid over white and 16 bits divided by 257 (Pillow keeps the high byte of colours, and cuts grey off at 255).
+refused/    headers of 60000 x 60000 pixels, and a kind of file that is not decoded
 """
-import json, pathlib, random, zlib
+import json, pathlib, random, struct, zlib
 
 import numpy as np
 import PIL
@@ -26,7 +28,7 @@ import torch
 import torchvision
 import torchvision.transforms as T
 import torchvision.transforms.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 from recipes import BICUBIC, BILINEAR, SIGMA, STEPS, each_view, step
 
@@ -141,6 +143,48 @@ def all_colors():
     return Image.fromarray(np.stack([n >> 16, n >> 8, n], -1).astype(np.uint8).reshape(4096, 4096, 3))
 
 
+def chunk(name, data):
+    """A chunk of a PNG file."""
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def refused_files(folder, images):
+    """Files whose headers announce 60000 x 60000 pixels, and a kind of file that is not decoded."""
+    folder.mkdir(exist_ok=True)
+    side = 60_000
+    read = lambda name: bytearray((images / name).read_bytes())
+
+    def write(name, data, *patches):
+        for at, patch in patches:
+            data[at:at + len(patch)] = patch
+        (folder / name).write_bytes(bytes(data))
+
+    png = read("rgb.png")
+    write("bomb.png", png[:8] + chunk(b"IHDR", struct.pack(">II", side, side) + png[24:29]) + png[33:])
+    jpeg = read("rgb_420.jpg")
+    write("bomb.jpg", jpeg, (jpeg.index(b"\xff\xc0") + 5, struct.pack(">HH", side, side)))
+    jpeg = read("progressive.jpg")
+    write("bomb_progressive.jpg", jpeg, (jpeg.index(b"\xff\xc2") + 5, struct.pack(">HH", side, side)))
+    gif = read("palette.gif")
+    frame = gif.index(b"\x2c\0\0\0\0" + struct.pack("<HH", 23, 18))
+    write("bomb.gif", gif, (6, struct.pack("<HH", side, side)), (frame + 5, struct.pack("<HH", side, side)))
+    write("bomb.bmp", read("rgb.bmp"), (18, struct.pack("<ii", side, side)))
+    write("bomb.ppm", bytearray(b"P6 %d %d 255\n" % (side, side)) + bytes(100))
+    inner = bytes(read("lossless.webp")[12:])
+    canvas = struct.pack("<I", side - 1)[:3] * 2
+    extended = b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + canvas + inner
+    write("bomb.webp", bytearray(b"RIFF" + struct.pack("<I", len(extended)) + extended))
+    tiff = read("rgb.tif")
+    at = struct.unpack_from("<I", tiff, 4)[0]
+    for i in range(struct.unpack_from("<H", tiff, at)[0]):
+        entry = at + 2 + 12 * i
+        tag, kind = struct.unpack_from("<HH", tiff, entry)
+        if tag in (256, 257):
+            tiff[entry + 2:entry + 12] = struct.pack("<HII", 4, 1, side)
+    write("bomb.tif", tiff)
+    picture(2, 18, 23).quantize(16).save(folder / "palette.tif")
+
+
 def decode_files(folder):
     folder.mkdir(exist_ok=True)
     rgb = picture(2, 18, 23)
@@ -159,9 +203,27 @@ def decode_files(folder):
         "lossy.webp": (rgb, dict(quality=95)),
         "rgb.bmp": (rgb, {}),
         "palette.bmp": (rgb.quantize(16), {}),
+        "rgb.tif": (rgb, {}),
+        "lzw.tif": (rgb, dict(compression="tiff_lzw")),
+        "deflate.tif": (rgb, dict(compression="tiff_adobe_deflate")),
+        "packbits.tif": (rgb, dict(compression="packbits")),
+        "grey.tif": (rgb.convert("L"), {}),
+        "one_bit.tif": (rgb.convert("1"), {}),
+        "cmyk.tif": (rgb.convert("CMYK"), {}),
+        "rgb.ppm": (rgb, {}),
+        "grey.pgm": (rgb.convert("L"), {}),
+        "one_bit.pbm": (rgb.convert("1"), {}),
+        "palette.gif": (rgb.quantize(16), {}),
+        "grey.gif": (rgb.convert("L"), {}),
+        "transparent.gif": (rgb.quantize(16), dict(transparency=3)),
     }
     for name, (img, options) in small.items():
         img.save(folder / name, **options)
+    # animations, whose first frame counts
+    later = [ImageOps.invert(rgb), rgb.rotate(180)]
+    for name, options in (("gif", {}), ("png", {}), ("webp", dict(lossless=True))):
+        frames = [frame.quantize(16) if name == "gif" else frame for frame in (rgb, *later)]
+        frames[0].save(folder / f"animated.{name}", save_all=True, append_images=frames[1:], duration=50, **options)
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter: must not be applied
     rgb.save(folder / "exif_turned.jpg", quality=90, exif=exif)
@@ -175,14 +237,21 @@ def decode_files(folder):
     grey_alpha = rgb.convert("L"); grey_alpha.putalpha(alpha); grey_alpha.save(folder / "grey_alpha.png")
     palette = rgb.quantize(16); palette.save(folder / "palette_transparent.png", transparency=3)
     grey16 = Image.fromarray((np.asarray(rgb.convert("L")).astype(np.uint16) * 257 + np.arange(23, dtype=np.uint16) * 4) & 0xFFFF)
-    grey16.save(folder / "grey16.png")
+    grey16.save(folder / "grey16.png"); grey16.save(folder / "grey16.tif")
+    # 16 bits a channel in colour, which Pillow reads but does not write
+    deep = (np.asarray(rgb).astype(np.uint16) * 257 + np.arange(23 * 3, dtype=np.uint16).reshape(23, 3) * 3) & 0xFFFF
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
+    (folder / "rgb16.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 23, 18, 16, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b""))
+    (folder / "rgb16.ppm").write_bytes(b"P6 23 18 65535\n" + deep.astype(">u2").tobytes())
+    to_8 = lambda values: ((values.astype(np.int64) + 128) // 257).astype(np.uint8)
     for path in sorted(folder.iterdir()):
         if path.name.endswith(".expected.png"):
             continue
         img = Image.open(path)
-        if path.name == "grey16.png":
-            grey = (np.asarray(grey16).astype(np.int64) + 128) // 257
-            img = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        if path.name.startswith("grey16"):
+            img = Image.fromarray(to_8(np.asarray(grey16)))
+        elif path.name.startswith("rgb16"):
+            img = Image.fromarray(to_8(deep))
         elif img.mode in ("RGBA", "LA") or "transparency" in img.info:
             pixels = np.asarray(img.convert("RGBA")).astype(np.int64)
             over = (pixels[..., :3] * pixels[..., 3:] + 255 * (255 - pixels[..., 3:]) + 127) // 255
@@ -224,18 +293,20 @@ def main():
     colors = [[name, f32(value), crc(np.asarray(step(name, every, f32(value))))] for name, value in (
         ("hue", -0.5), ("hue", -0.1), ("hue", 0.0), ("hue", 0.1), ("hue", 0.4), ("hue", 0.5), ("saturation", 0.2), ("saturation", 0.6),
         ("saturation", 1.2), ("saturation", 1.8), ("contrast", 0.8), ("brightness", 1.1), ("grayscale", 0))]
+    decoded = [[str(path.relative_to(PHOTOS)), crc(np.asarray(Image.open(path).convert("RGB")))] for path in sorted(PHOTOS.glob("*/*.jpg"))[::16]]
     custom = {"eval-center-bicubic": {"name": "eval-center-bicubic", "global": [{"crop": {"kind": "center", "fraction": 0.875, "interpolation": "bicubic"}}]}}
     versions = f"Pillow {PIL.__version__}, torchvision {torchvision.__version__.split('+')[0]}, seed 0"
     parts = [f'"made_with": {json.dumps(versions)}', f'"recipes": {json.dumps(custom)}']
     tables = {
         "pictures": [[s, h, w, crc(np.asarray(pictures[s]))] for s, h, w in sizes],
         "photos": [[number, f"{number}.png", crc(np.asarray(img))] for number, img in real.items()],
-        "views": views, "steps": steps, "colors": colors,
+        "views": views, "steps": steps, "colors": colors, "decoded": decoded,
     }
     for name, rows in tables.items():
         parts.append(f'"{name}": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]")
     (HERE / "transforms.json").write_text("{\n" + ",\n".join(parts) + "\n}\n")
     decode_files(HERE / "images")
+    refused_files(HERE / "refused", HERE / "images")
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ impl fmt::Display for Description {
         }
         writeln!(f, "decoder      {}", self.decoder)?;
         write!(f, "classes      {}", self.classes.len())?;
-        let by_count = |&(_, count): &&(String, u64)| count;
+        let by_count = |class: &&(String, u64)| class.1;
         if let (Some(few), Some(many)) =
             (self.classes.iter().min_by_key(by_count), self.classes.iter().max_by_key(by_count))
         {

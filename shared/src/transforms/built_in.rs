@@ -48,24 +48,24 @@ fn random_crop(low: f64, high: f64, interpolation: Interpolation) -> ViewRecipe 
     ViewRecipe { flip: Some(Chance { probability: 0.5 }), ..ViewRecipe::bare(crop) }
 }
 
-fn jitter(probability: f64, [brightness, contrast, saturation, hue]: [f64; 4]) -> Option<ColorJitter> {
-    Some(ColorJitter { probability, brightness, contrast, saturation, hue })
+fn jitter(probability: f64, [brightness, contrast, saturation, hue]: [f64; 4]) -> ColorJitter {
+    ColorJitter { probability, brightness, contrast, saturation, hue }
 }
 
-fn grey(before_jitter: bool) -> Option<Grayscale> {
-    Some(Grayscale { probability: 0.2, before_jitter })
+fn grey(before_jitter: bool) -> Grayscale {
+    Grayscale { probability: 0.2, before_jitter }
 }
 
-fn blur(probability: f64) -> Option<GaussianBlur> {
-    Some(GaussianBlur { probability, sigma: SIGMA })
+fn blur(probability: f64) -> GaussianBlur {
+    GaussianBlur { probability, sigma: SIGMA }
 }
 
 /// A view of BYOL: the colours are those of all its views, blur and solarisation tell them apart.
 fn byol_view(crop: ViewRecipe, blurred: f64, solarized: f64) -> ViewRecipe {
     ViewRecipe {
-        color_jitter: jitter(0.8, [0.4, 0.4, 0.2, 0.1]),
-        grayscale: grey(false),
-        gaussian_blur: blur(blurred),
+        color_jitter: Some(jitter(0.8, [0.4, 0.4, 0.2, 0.1])),
+        grayscale: Some(grey(false)),
+        gaussian_blur: Some(blur(blurred)),
         solarize: (solarized > 0.0).then_some(Solarize { probability: solarized, threshold: 128 }),
         ..crop
     }
@@ -74,9 +74,9 @@ fn byol_view(crop: ViewRecipe, blurred: f64, solarized: f64) -> ViewRecipe {
 /// A view of SimCLR at strength 1, whose colours SwAV takes over.
 fn simclr_view(crop: ViewRecipe) -> ViewRecipe {
     ViewRecipe {
-        color_jitter: jitter(0.8, [0.8, 0.8, 0.8, 0.2]),
-        grayscale: grey(false),
-        gaussian_blur: blur(0.5),
+        color_jitter: Some(jitter(0.8, [0.8, 0.8, 0.8, 0.2])),
+        grayscale: Some(grey(false)),
+        gaussian_blur: Some(blur(0.5)),
         ..crop
     }
 }
@@ -90,9 +90,9 @@ impl Recipe {
         Self::alike(
             "moco-v2",
             ViewRecipe {
-                color_jitter: jitter(0.8, [0.4, 0.4, 0.4, 0.1]),
-                grayscale: grey(false),
-                gaussian_blur: blur(0.5),
+                color_jitter: Some(jitter(0.8, [0.4, 0.4, 0.4, 0.1])),
+                grayscale: Some(grey(false)),
+                gaussian_blur: Some(blur(0.5)),
                 ..random_crop(0.2, 1.0, Interpolation::Bilinear)
             },
         )
@@ -106,8 +106,8 @@ impl Recipe {
         Self::alike(
             "moco-v1",
             ViewRecipe {
-                color_jitter: jitter(1.0, [0.4, 0.4, 0.4, 0.4]),
-                grayscale: grey(true),
+                color_jitter: Some(jitter(1.0, [0.4, 0.4, 0.4, 0.4])),
+                grayscale: Some(grey(true)),
                 ..random_crop(0.2, 1.0, Interpolation::Bilinear)
             },
         )

@@ -18,6 +18,8 @@ pub mod grayscale;
 mod image;
 mod jpeg;
 pub mod level;
+#[cfg(feature = "libjpeg")]
+mod libjpeg;
 pub mod normalize;
 pub mod recipe;
 #[cfg(test)]
