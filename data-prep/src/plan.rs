@@ -66,7 +66,7 @@ pub struct Plan {
 /// As [`Listing::scan`]; [`Error::Invalid`] when none of the measured images can be used.
 pub fn plan(config: &PackConfig) -> Result<Plan> {
     let listing = Listing::scan(&config.input)?;
-    let order = in_packing_order(&listing, config.seed);
+    let order = in_packing_order(&listing, config);
     let (mut worker, mut views) = (Worker::default(), SampleViews::default());
     let (mut measured, mut rejects, mut first_reason) = (0usize, 0usize, String::new());
     let start = Instant::now();

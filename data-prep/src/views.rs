@@ -7,7 +7,9 @@ use shared::Result;
 use shared::shard::{ShardConfig, VIEW_PARAMETERS};
 use shared::space::human;
 use shared::transforms::decode::decode_into;
-use shared::transforms::{Recipe, RgbImage, Scratch, View};
+use shared::transforms::{Level, Recipe, RgbImage, Scratch, View};
+
+use crate::memory::{LARGEST_SPARE_BYTES, MemoryBudget, Reserved, decoding_bytes};
 
 /// No image file is larger.
 const LARGEST_FILE_BYTES: u64 = 1 << 30;
@@ -17,6 +19,24 @@ const LARGEST_FILE_BYTES: u64 = 1 << 30;
 pub struct Worker {
     scratch: Scratch,
     spare: Vec<u8>,
+    budget: MemoryBudget,
+    /// What the picture at hand takes of the budget.
+    room: Option<Reserved>,
+}
+
+impl Worker {
+    /// A worker that computes on an instruction set and shares the memory for decoding with others.
+    pub(crate) fn new(level: Level, budget: MemoryBudget) -> Self {
+        Self { scratch: Scratch::new(level), budget, ..Self::default() }
+    }
+
+    /// Ends the work on a picture, whatever came of it: its memory is there for others.
+    pub(crate) fn end_picture(&mut self) {
+        if self.spare.capacity() > LARGEST_SPARE_BYTES {
+            self.spare = Vec::new();
+        }
+        self.room = None;
+    }
 }
 
 /// The stored form of a sample.
@@ -39,6 +59,8 @@ pub fn load(path: &Path, worker: &mut Worker) -> Result<RgbImage, String> {
         return Err(format!("the file has {}, the limit is {}", human(bytes), human(LARGEST_FILE_BYTES)));
     }
     let file = fs::read(path).map_err(unreadable)?;
+    worker.end_picture();
+    worker.room = Some(worker.budget.reserve(decoding_bytes(&file)));
     decode_into(&file, std::mem::take(&mut worker.spare)).map_err(|fault| fault.to_string())
 }
 

@@ -16,7 +16,7 @@ mod config;
 mod reader;
 mod writer;
 
-pub use config::{Codec, ShardConfig, Store};
+pub use config::{Codec, PackingOrder, ShardConfig, Store};
 pub use reader::{Shard, ShardSet};
 pub use writer::ShardWriter;
 
