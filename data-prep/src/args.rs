@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use serde::{Deserialize, Serialize};
 use shared::cli::CommonArgs;
-use shared::shard::{Codec, Store};
+use shared::output::Part;
+use shared::shard::{Codec, PackingOrder, Store};
 use shared::transforms::built_in::BUILT_IN;
 
 use crate::config::{NumberOrText, PassOrderFlag};
@@ -19,8 +20,8 @@ use crate::source::SourceOptions;
 /// person sees: grey, palette, 16-bit, CMYK and transparent images (laid over white) become 8-bit RGB. The EXIF orientation is
 /// not applied, as in torchvision. Images that cannot be used are named in `rejects.jsonl` with the reason.
 ///
-/// The same images, recipe and seed give the same bytes, with any number of threads and however often the work was interrupted:
-/// run the same command again to go on.
+/// The same images, recipe and seed give the same bytes, with any number of threads, on one machine or on many, and however
+/// often the work was interrupted: run the same command again to go on.
 ///
 /// Exit status: 0 done, 1 failed, 2 wrong usage.
 #[derive(Debug, Clone, Parser)]
@@ -38,6 +39,13 @@ pub enum Command {
     ///
     /// Every image is decoded once and gives `--views` augmented views. Samples are written in a random order that `--seed`
     /// fixes. Shards appear one by one, each complete; an interrupted run keeps those and goes on. A finished set is left alone.
+    ///
+    /// On many machines, every one runs the same command with another `--part i/n` and the same `--output` on a shared disk;
+    /// `finish` then closes the set, which has the same bytes as one packed whole.
+    ///
+    /// Memory: pictures being decoded take at most 256 MiB and 128 MiB more for each thread, or what one picture takes if that is
+    /// more; larger ones wait for each other. Finished samples that wait to be written take at most 256 MiB, or one sample for
+    /// each thread and one more.
     ///
     /// How inputs are read:
     ///
@@ -71,6 +79,13 @@ pub enum Command {
     ///
     /// Example: data-prep pack --input photos --output out/shards --recipe moco-v2 --views 4 --size 224
     Pack(PackArgs),
+    /// Close a set that was packed in parts
+    ///
+    /// Checks that all parts are there and were packed with the same settings, judges their rejects together, and writes the
+    /// manifest. A finished set is left alone.
+    ///
+    /// Example: data-prep finish --output out/shards
+    Finish(FinishArgs),
     /// Say what packing takes, before anything is written
     ///
     /// Lists the samples, measures the speed on a few of them, and compares the size with the free disk space.
@@ -108,6 +123,10 @@ pub struct PackArgs {
     #[command(flatten)]
     pub pack: PackOptions,
 
+    /// Pack only one of n parts, for example 2/4; parts run in any order, at the same time or not, and `finish` closes the set
+    #[arg(long, value_name = "I/N")]
+    pub part: Option<Part>,
+
     /// TOML file with these options as keys (input, output, recipe, shard-bytes, ...); flags win over it
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -115,6 +134,26 @@ pub struct PackArgs {
     /// Common options.
     #[command(flatten)]
     pub common: CommonArgs,
+}
+
+/// `data-prep finish`.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct FinishArgs {
+    /// Directory of the shard set
+    #[arg(long, value_name = "DIR")]
+    pub output: PathBuf,
+
+    /// How many images of all parts together may be unusable, as a number or as a share, rounded up [default: 1%]
+    #[arg(long, value_name = "N|P%")]
+    pub max_rejects: Option<NumberOrText>,
+
+    /// Print the summary as JSON on standard output
+    #[arg(long)]
+    pub json: bool,
+
+    /// Say nothing on standard error
+    #[arg(long)]
+    pub quiet: bool,
 }
 
 /// `data-prep plan`.
@@ -203,6 +242,15 @@ pub struct PackOptions {
     #[arg(long, value_name = "SEED")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
+
+    /// Order of the samples [default: random]
+    ///
+    /// random: all samples are shuffled, so that every stretch of a shard holds all classes. quasi: for disks that are slow at
+    /// jumping about, runs of 256 neighbours in the listing are taken in shuffled order, and samples are shuffled within windows
+    /// of 16 runs; a stretch of a shard then holds only the classes of its window, so that readers should shuffle more.
+    #[arg(long, value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub order: Option<PackingOrder>,
 
     /// Which resize pass runs first: `pillow13` as Pillow from 13.0 on, `horizontal` as Pillow before [default: that of the
     /// recipe, pillow13 for the built-in ones]

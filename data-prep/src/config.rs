@@ -8,10 +8,11 @@ use std::str::FromStr;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use shared::cli::{CommonArgs, with_config_file};
+use shared::output::Part;
 use shared::shard::{Codec, DEFAULT_QUALITY, ShardConfig, Store, StoredJpeg};
 use shared::transforms::decode::DECODER;
 use shared::transforms::recipe::MAX_SIDE;
-use shared::transforms::{PassOrder, Recipe};
+use shared::transforms::{Level, PassOrder, Recipe};
 use shared::{Error, Result};
 
 use crate::args::PackOptions;
@@ -72,6 +73,18 @@ impl MaxRejects {
         }
     }
 
+    /// What `--max-rejects` says, or the default.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when it says neither a number nor a share.
+    pub(crate) fn resolve(flag: Option<&NumberOrText>) -> Result<Self> {
+        flag.map_or(Ok(Self::Percent(1.0)), |text| {
+            Self::parse(text).ok_or_else(|| {
+                Error::usage(format!("`--max-rejects {text}` is neither a number nor a share such as 1%"))
+            })
+        })
+    }
+
     fn parse(text: &NumberOrText) -> Option<Self> {
         match text {
             NumberOrText::Number(count) => Some(Self::Count(*count)),
@@ -104,17 +117,34 @@ pub struct PackConfig {
     pub quiet: bool,
     /// Whether to start again.
     pub overwrite: bool,
+    /// The part of the set to pack; none for all of it.
+    pub part: Option<Part>,
+    /// Instruction set of the pixel kernels; it changes no byte.
+    pub level: Level,
 }
 
 const DEFAULT_VIEWS: u32 = 4;
 const DEFAULT_SIZE: u32 = 224;
 /// A little more than the usual view, as most pipelines resize before they crop.
-const DEFAULT_SHORT_SIDE: usize = 256;
+pub(crate) const DEFAULT_SHORT_SIDE: usize = 256;
 const LARGEST_SIZE: u32 = 4096;
 const LARGEST_SAMPLE_BYTES: u64 = 1 << 32;
 const DEFAULT_SHARD_BYTES: u64 = 1 << 30;
 
 impl PackConfig {
+    /// The same request for one part of the set.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] together with `--overwrite`, which would delete what the other parts wrote.
+    pub fn for_part(self, part: Option<Part>) -> Result<Self> {
+        if part.is_some() && self.overwrite {
+            let message =
+                "`--overwrite` deletes the work of all parts: remove the directory before the first part starts";
+            return Err(Error::usage(message));
+        }
+        Ok(Self { part, ..self })
+    }
+
     /// Lays flags over the configuration file, fills in defaults and checks everything that can be checked without the images.
     ///
     /// # Errors
@@ -145,6 +175,7 @@ impl PackConfig {
             size: size as usize,
             store,
             codec,
+            order: options.order.unwrap_or_default(),
             shard_samples: 1,
             decoder: DECODER.into(),
             short_side: resolve_short_side(store, options.short_side.as_ref())?,
@@ -167,11 +198,7 @@ impl PackConfig {
                 usize::try_from((bytes / shards.sample_bytes()).max(1)).unwrap_or(usize::MAX)
             }
         };
-        let max_rejects = options.max_rejects.as_ref().map_or(Ok(MaxRejects::Percent(1.0)), |text| {
-            MaxRejects::parse(text).ok_or_else(|| {
-                Error::usage(format!("`--max-rejects {text}` is neither a number nor a share such as 1%"))
-            })
-        })?;
+        let max_rejects = MaxRejects::resolve(options.max_rejects.as_ref())?;
         let all_cores = || std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Self {
             input,
@@ -183,6 +210,8 @@ impl PackConfig {
             threads: common.threads.map_or_else(all_cores, usize::from),
             quiet: common.quiet,
             overwrite: common.overwrite,
+            part: None,
+            level: Level::best(),
         })
     }
 }

@@ -7,6 +7,8 @@ use shared::transforms::decode::decode_into;
 use shared::transforms::resize::{Interpolation, Resize, ResizeScratch, crop_resize};
 use shared::transforms::{Level, Planes, Recipe, RgbImage, Scratch, View};
 
+use crate::memory::{LARGEST_SPARE_BYTES, MemoryBudget, Reserved, decoding_bytes};
+
 pub use shared::shard::SampleViews;
 
 use crate::source::{Listing, Payload, Reader, Sample};
@@ -17,9 +19,28 @@ pub struct Worker {
     reader: Reader,
     scratch: Scratch,
     spare: Vec<u8>,
+    level: Level,
     pixels: Vec<u8>,
     resize: ResizeScratch,
     planes: Planes,
+    budget: MemoryBudget,
+    /// What the picture at hand takes of the budget.
+    room: Option<Reserved>,
+}
+
+impl Worker {
+    /// A worker that computes on an instruction set and shares the memory for decoding with others.
+    pub(crate) fn new(level: Level, budget: MemoryBudget) -> Self {
+        Self { level, scratch: Scratch::new(level), budget, ..Self::default() }
+    }
+
+    /// Ends the work on a picture, whatever came of it: its memory is there for others.
+    pub(crate) fn end_picture(&mut self) {
+        if self.spare.capacity() > LARGEST_SPARE_BYTES {
+            self.spare = Vec::new();
+        }
+        self.room = None;
+    }
 }
 
 /// Reads and decodes a sample; the error is a reason for people, without the name.
@@ -27,8 +48,10 @@ pub struct Worker {
 /// # Errors
 /// Why the sample cannot be used.
 pub fn load(listing: &Listing, sample: &Sample, worker: &mut Worker) -> Result<RgbImage, String> {
+    worker.end_picture();
     match worker.reader.load(listing, sample)? {
         Payload::Encoded(bytes) => {
+            worker.room = Some(worker.budget.reserve(decoding_bytes(bytes)));
             decode_into(bytes, std::mem::take(&mut worker.spare)).map_err(|fault| fault.to_string())
         }
         Payload::Pixels(image) => Ok(image),
@@ -132,7 +155,7 @@ fn store_source(
             order: config.recipe.pass_order,
             interpolation: Interpolation::Bilinear,
         };
-        let level = Level::best();
+        let level = worker.level;
         crop_resize(level, image, &resize, &mut worker.resize, &mut worker.planes);
         worker.pixels.resize(target.0 * target.1 * 3, 0);
         worker.planes.write_rgb(level, &mut worker.pixels);

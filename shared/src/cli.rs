@@ -69,6 +69,7 @@ pub fn note_cpu() {
 ///
 /// An error is one line on standard error, with its advice on a second line.
 pub fn run_main(command: impl FnOnce() -> Result<()>) -> ExitCode {
+    survive_file_size_limit();
     match command() {
         Ok(()) => ExitCode::SUCCESS,
         Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
@@ -79,6 +80,17 @@ pub fn run_main(command: impl FnOnce() -> Result<()>) -> ExitCode {
             }
             ExitCode::from(error.exit_status())
         }
+    }
+}
+
+/// Makes a file that grows over the limit of `ulimit -f` an error of writing, with a sentence, as a full disk is; by default it
+/// ends the process.
+fn survive_file_size_limit() {
+    #[cfg(unix)]
+    {
+        let unread = std::sync::Arc::default();
+        // without the handler the process ends as it would have
+        drop(signal_hook::flag::register(libc::SIGXFSZ, unread));
     }
 }
 

@@ -29,6 +29,17 @@ pub enum Codec {
     Jpeg,
 }
 
+/// In which order the samples of the listing are packed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PackingOrder {
+    /// All samples shuffled
+    #[default]
+    Random,
+    /// Runs of neighbours in shuffled order, samples shuffled within a window of several runs
+    Quasi,
+}
+
 /// What decides the bytes of a shard set, besides the images and the seed; kept in its manifest.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -43,6 +54,9 @@ pub struct ShardConfig {
     pub store: Store,
     /// How pixels are stored.
     pub codec: Codec,
+    /// The order of the samples.
+    #[serde(default)]
+    pub order: PackingOrder,
     /// Listed samples per shard.
     pub shard_samples: usize,
     /// Which decoders made the pixels.

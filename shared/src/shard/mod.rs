@@ -34,7 +34,7 @@ mod shard_file;
 mod view_reader;
 mod writer;
 
-pub use config::{Codec, ShardConfig, Store, StoredJpeg};
+pub use config::{Codec, PackingOrder, ShardConfig, Store, StoredJpeg};
 pub use jpeg::{DEFAULT_QUALITY, STORED_DECODER, STORED_ENCODER, encode as encode_jpeg};
 pub use reader::{BASE_ROLE, ShardSet};
 pub use sample::{Pieces, SampleViews};
