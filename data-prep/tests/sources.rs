@@ -72,7 +72,7 @@ fn imagenet(root: &Path) -> Outcome {
         files.sort();
         for (i, file) in files.iter().enumerate() {
             let bytes = fs::read(file)?;
-            let mut write = |directory: PathBuf, name: &str| -> Outcome {
+            let write = |directory: PathBuf, name: &str| -> Outcome {
                 fs::create_dir_all(&directory)?;
                 write_atomic(directory.join(name), &bytes)?;
                 Ok(())

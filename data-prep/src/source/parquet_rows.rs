@@ -1,4 +1,7 @@
 //! Single rows of a Parquet column: pages before the row are passed over by their headers, without being read.
+//!
+//! A worker keeps one column open, with one page and, where the column has one, its dictionary: writers that use dictionaries for
+//! images put all images of a row group into it, so that memory and time for a single row grow with the row group.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -15,8 +18,6 @@ use parquet::file::serialized_reader::SerializedPageReader;
 use super::parquet::{ParquetFile, caught, one_line};
 use super::reader::{LARGEST_IMAGE_BYTES, read_exact_at};
 
-/// How many column readers a worker keeps, each with a page: reading in order stays in one of them.
-const OPEN_GROUPS: usize = 2;
 /// Headers of pages are read through a buffer of this size.
 const HEADER_BUFFER: usize = 512;
 
@@ -101,16 +102,16 @@ struct OpenGroup {
     reader: ColumnReaderImpl<ByteArrayType>,
 }
 
-/// What a worker keeps open from row to row, the last used first.
+/// What a worker keeps open from row to row.
 #[derive(Default)]
 pub(super) struct RowReader {
     file: Option<(u32, Arc<Pages>)>,
-    open: Vec<OpenGroup>,
+    open: Option<OpenGroup>,
 }
 
 impl std::fmt::Debug for RowReader {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let open: Vec<_> = self.open.iter().map(|open| (open.archive, open.group, open.next)).collect();
+        let open = self.open.as_ref().map(|open| (open.archive, open.group, open.next));
         f.debug_struct("RowReader").field("open", &open).finish_non_exhaustive()
     }
 }
@@ -129,7 +130,7 @@ impl RowReader {
         let result = caught(|| self.read_row(archive, file, row, bytes));
         if result.is_err() {
             // what broke may be in any state
-            self.open.clear();
+            self.open = None;
         }
         result
     }
@@ -139,18 +140,14 @@ impl RowReader {
         let group = file.starts.partition_point(|&start| start <= row).saturating_sub(1);
         let row = row - file.starts.get(group).copied().unwrap_or(0);
         let usable = |open: &OpenGroup| open.archive == archive && open.group == group && open.next <= row;
-        let at = match self.open.iter().position(usable) {
-            Some(at) => at,
-            None => {
-                let pages = self.pages(archive, file)?;
-                let reader = column_reader(&pages, &file.metadata, group, file.image).map_err(text)?;
-                self.open.truncate(OPEN_GROUPS - 1);
-                self.open.push(OpenGroup { archive, group, next: 0, reader: get_typed_column_reader(reader) });
-                self.open.len() - 1
-            }
-        };
-        self.open[..=at].rotate_right(1);
-        let open = &mut self.open[0];
+        if !self.open.as_ref().is_some_and(usable) {
+            // before another one takes its memory
+            self.open = None;
+            let pages = self.pages(archive, file)?;
+            let reader = column_reader(&pages, &file.metadata, group, file.image).map_err(text)?;
+            self.open = Some(OpenGroup { archive, group, next: 0, reader: get_typed_column_reader(reader) });
+        }
+        let Some(open) = &mut self.open else { return Err("it cannot be opened".into()) };
         let skip = row - open.next;
         let skipped = open.reader.skip_records(skip as usize).map_err(text)?;
         let (mut values, mut levels) = (Vec::with_capacity(1), Vec::new());
