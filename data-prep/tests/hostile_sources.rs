@@ -19,11 +19,11 @@ fn made(name: &str) -> PathBuf {
 }
 
 fn tree(files: &[&str]) -> tempfile::TempDir {
-    let root = tempfile::tempdir().unwrap();
+    let root = tempfile::tempdir().expect("a directory");
     for file in files {
         let path = root.path().join(file);
-        create_directory(path.parent().unwrap()).unwrap();
-        write_atomic(&path, file.as_bytes()).unwrap();
+        create_directory(path.parent().expect("a directory")).expect("it can be made");
+        write_atomic(&path, file.as_bytes()).expect("it can be written");
     }
     root
 }
@@ -126,7 +126,7 @@ fn flat_folder_has_no_classes() -> Outcome {
 }
 
 #[test]
-fn wrong_inputs_get_a_sentence() -> Outcome {
+fn wrong_inputs_get_a_sentence() {
     let sentence = |path: &Path| open(path).unwrap_err().to_string();
     let root = tree(&["a/1.jpg", "2.jpg", "empty.parquet", "empty.tar", "x.bin"]);
     assert!(sentence(&root.path().join("no")).contains("does not exist"));
@@ -141,7 +141,6 @@ fn wrong_inputs_get_a_sentence() -> Outcome {
         let error = Listing::open(root.path(), &options).unwrap_err();
         assert_eq!(error.exit_status(), 1, "{format:?}: {error}");
     }
-    Ok(())
 }
 
 #[test]

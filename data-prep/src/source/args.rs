@@ -14,17 +14,17 @@ pub enum InputFormat {
     ClassFolders,
     /// A folder of images without classes
     Flat,
-    /// The official archives of ImageNet: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz
+    /// The official archives of ImageNet: `ILSVRC2012_img_train.tar`, `ILSVRC2012_img_val.tar` and `ILSVRC2012_devkit_t12.tar.gz`
     Ilsvrc2012,
-    /// ImageNet as Kaggle gives it: ILSVRC/Data/CLS-LOC, LOC_synset_mapping.txt, LOC_val_solution.csv
+    /// ImageNet as Kaggle gives it: `ILSVRC/Data/CLS-LOC`, `LOC_synset_mapping.txt`, `LOC_val_solution.csv`
     Kaggle,
-    /// Tars in which members of one key make a sample: 0001.jpg with 0001.cls or 0001.json
+    /// Tars in which members of one key make a sample: `0001.jpg` with `0001.cls` or `0001.json`
     Webdataset,
     /// Parquet as Hugging Face writes it: columns `image` and `label`
     Parquet,
-    /// CIFAR-10, binary version: data_batch_1.bin, test_batch.bin, batches.meta.txt
+    /// CIFAR-10, binary version: `data_batch_1.bin`, `test_batch.bin`, `batches.meta.txt`
     Cifar10,
-    /// CIFAR-100, binary version: train.bin, test.bin, fine_label_names.txt
+    /// CIFAR-100, binary version: `train.bin`, `test.bin`, `fine_label_names.txt`
     Cifar100,
     /// A text file that names an image, and its label, in each line
     List,

@@ -57,7 +57,7 @@ pub(super) fn list(input: &Path, split: Option<Split>) -> Result<Builder> {
             let what = format!("`{}` has other class names than `{}`", path.display(), files[0].1.display());
             return Err(Error::invalid(what, "give files of one data set"));
         }
-        let labels = read.label.as_ref().map(|values| values.as_slice());
+        let labels = read.label.as_deref();
         let image = read.file.image;
         let starts = read.file.starts.clone();
         let groups: Vec<u64> = read
@@ -80,13 +80,13 @@ pub(super) fn list(input: &Path, split: Option<Split>) -> Result<Builder> {
             }
             let label = labels.and_then(|labels| labels.get(row as usize)).copied().flatten().unwrap_or(-1);
             let number;
-            let sample_name = match read.paths.as_ref().filter(|_| named).and_then(|paths| paths.get(row as usize)) {
-                Some(path) => path.as_str(),
-                None => {
+            let sample_name =
+                if let Some(path) = read.paths.as_ref().filter(|_| named).and_then(|paths| paths.get(row as usize)) {
+                    path.as_str()
+                } else {
                     number = format!("{name}/{row}");
                     &number
-                }
-            };
+                };
             let known = builder.classes.is_empty() || label < builder.classes.len() as i64;
             match check_label(label) {
                 Ok(label) if known => builder.push(sample_name, label, groups[group], Place::Row { archive, row }),
