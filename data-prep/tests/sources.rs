@@ -62,6 +62,8 @@ fn imagenet(root: &Path) -> Outcome {
     photos(&root.join("loose"), &[("a", 8), ("b", 6), ("c", 5)])?;
     fs::create_dir_all(&official)?;
     fs::create_dir_all(images.join("val"))?;
+    let class_tars = root.join("class-tars");
+    fs::create_dir_all(&class_tars)?;
     let (mut train, mut val) = (tar::Builder::new(Vec::new()), tar::Builder::new(Vec::new()));
     let (mut truth, mut solution) = (Vec::new(), vec!["ImageId,PredictionString\n".to_string()]);
     for (class, folder) in classes.into_iter().zip(["a", "b", "c"]) {
@@ -91,7 +93,9 @@ fn imagenet(root: &Path) -> Outcome {
                 add(&mut class_tar, &name, &bytes)?;
             }
         }
-        add(&mut train, &format!("{class}.tar"), &class_tar.into_inner()?)?;
+        let class_tar = class_tar.into_inner()?;
+        write_atomic(class_tars.join(format!("{class}.tar")), &class_tar)?;
+        add(&mut train, &format!("{class}.tar"), &class_tar)?;
     }
     let truth = truth.into_iter().map(|number| number.to_string()).collect::<Vec<_>>().join("\n");
     write_atomic(official.join("ILSVRC2012_img_train.tar"), &train.into_inner()?)?;
@@ -141,6 +145,8 @@ fn imagenet_gives_the_same_set_from_archives_kaggle_and_class_folders() -> Outco
         }
         assert!(sets.windows(2).all(|pair| pair[0] == pair[1]), "{split:?}");
     }
+    let (tars, whole) = (open(&root.path().join("class-tars")), open(&root.path().join("official")));
+    assert!(tars.format == InputFormat::Ilsvrc2012 && tars.as_input().fingerprint == whole.as_input().fingerprint);
     let val = Listing::open(&root.path().join("official"), &part(Split::Val))?;
     assert_eq!(&*val.samples[0].name, "n01440764/ILSVRC2012_val_00000001.JPEG");
     let file = root.path().join("official/ILSVRC2012_img_val.tar");
@@ -163,16 +169,19 @@ fn development_kit_is_read_packed_and_unpacked_and_missed_by_name() -> Outcome {
     // the other form in which scipy and MATLAB write
     fs::copy(made("meta.mat"), data.join("meta.mat"))?;
     assert_eq!(Listing::open(&official, &part(Split::Val))?.samples, val.samples);
-    // every prefix of the file, and every byte changed, ends in an answer
+    // prefixes of the file, and the file with bytes changed, end in an answer
     let meta = fs::read(made("meta.mat"))?;
+    let path = data.join("meta.mat");
+    let write =
+        |bytes: &[u8]| fs::File::options().write(true).truncate(true).open(&path).and_then(|mut f| f.write_all(bytes));
     for length in (0..meta.len()).step_by(7) {
-        write_atomic(data.join("meta.mat"), &meta[..length])?;
+        write(&meta[..length])?;
         assert!(Listing::open(&official, &part(Split::Val)).is_err(), "{length} bytes");
     }
     for at in (128..meta.len()).step_by(3) {
         let mut changed = meta.clone();
         changed[at] ^= 0xff;
-        write_atomic(data.join("meta.mat"), &changed)?;
+        write(&changed)?;
         drop(Listing::open(&official, &part(Split::Val)));
     }
     Ok(())
@@ -305,6 +314,20 @@ fn parquet_rows_without_image_or_sound_label_are_rejects() {
     assert_eq!(results[1], Err("the row holds no image".into()));
     assert_eq!(results[3], Err("the row holds no image".into()));
     assert!(results[4].as_ref().unwrap_err().contains("label 7 is outside the 3 classes"));
+}
+
+#[test]
+fn parquet_column_of_bytes_needs_no_path_and_no_class_names() -> Outcome {
+    let listing = open(&made("plain.parquet"));
+    assert_eq!(names(&listing), [("plain.parquet/0", 5), ("plain.parquet/1", 0), ("plain.parquet/2", 2)]);
+    assert_eq!(listing.classes.len(), 6);
+    let mut reader = Reader::default();
+    for (index, sample) in listing.samples.iter().enumerate() {
+        assert_eq!(load(&listing, sample, &mut reader)?, picture(80 + index));
+    }
+    let error = Listing::open(&made("zstd.parquet"), &SourceOptions::default()).unwrap_err().to_string();
+    assert!(error.contains("zstd.parquet") && error.contains("compressed by ZSTD"), "{error}");
+    Ok(())
 }
 
 #[test]

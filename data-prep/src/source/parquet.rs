@@ -9,7 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use parquet::basic::Type;
+use parquet::basic::{Compression, Type};
 use parquet::column::reader::{ColumnReaderImpl, get_typed_column_reader};
 use parquet::data_type::{ByteArrayType, DataType, Int32Type, Int64Type};
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
@@ -150,6 +150,14 @@ fn read_file(path: &Path) -> Result<Columns, String> {
         let there: Vec<String> = columns.iter().take(8).map(|column| column.path().string()).collect();
         format!("it has no column `image` of images, its columns are `{}`", there.join("`, `"))
     })?;
+    for group in metadata.row_groups() {
+        if let codec @ (Compression::ZSTD(_) | Compression::LZO) = group.column(image).compression() {
+            let name = format!("{codec:?}").split('(').next().unwrap_or_default().to_string();
+            return Err(format!(
+                "its images are compressed by {name}, which is not read: write it again with Snappy, or with none"
+            ));
+        }
+    }
     let image_path = columns[image].path().parts().first().map(|name| format!("{name}.path"));
     let image_path = image_path.and_then(|name| find(&[name], &[Type::BYTE_ARRAY]));
     let names: Vec<String> = LABEL_COLUMNS.iter().map(ToString::to_string).collect();
