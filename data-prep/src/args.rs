@@ -33,7 +33,7 @@ pub struct Args {
 /// The subcommands.
 #[derive(Debug, Clone, Subcommand)]
 pub enum Command {
-    /// Pack a folder of images into a shard set
+    /// Pack images into a shard set
     ///
     /// Every image is decoded once and gives `--views` augmented views. Samples are written in a random order that `--seed`
     /// fixes. Shards appear one by one, each complete; an interrupted run keeps those and goes on. A finished set is left alone.
@@ -44,7 +44,7 @@ pub enum Command {
     ///   are parts. A link to a directory that holds it is an error; a broken link to an image is a reject.
     ///
     /// * ilsvrc2012: the directory with `ILSVRC2012_img_train.tar`, or `ILSVRC2012_img_val.tar` and `ILSVRC2012_devkit_t12.tar.gz` (or
-    ///   the directory it unpacks to). Labels count the sorted WordNet names, which are the class names.
+    ///   the directory it unpacks to); class tars such as `n01440764.tar` will do for training. Labels count the sorted WordNet names, which are the class names.
     ///
     /// * kaggle: the directory that holds `ILSVRC` and the tables `LOC_...`. An image of `val` that has no line in `LOC_val_solution.csv`,
     ///   or no file, is a reject.

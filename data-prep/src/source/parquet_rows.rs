@@ -18,6 +18,9 @@ use parquet::file::serialized_reader::SerializedPageReader;
 use super::parquet::{ParquetFile, caught, one_line};
 use super::reader::{LARGEST_IMAGE_BYTES, read_exact_at};
 
+/// A page that claims to be this many times as long as the whole file, once it is decompressed, is refused: that takes memory
+/// before it turns out to be false. Snappy comes to 21 times at most, LZ4 to 255.
+const LARGEST_RATIO: u64 = 256;
 /// Headers of pages are read through a buffer of this size.
 const HEADER_BUFFER: usize = 512;
 
@@ -33,6 +36,38 @@ impl Pages {
         let bytes = file.metadata()?.len();
         Ok(Self { file: Arc::new(file), bytes })
     }
+
+    /// Refuses a page whose header claims an impossible size.
+    ///
+    /// A header is a Thrift struct (compact protocol) that begins with three i32 fields: the kind of page, its size, its compressed
+    /// size.
+    fn check_page(&self, start: u64) -> ParquetResult<()> {
+        let mut head = [0; 12];
+        let count = self.bytes.saturating_sub(start).min(head.len() as u64) as usize;
+        read_exact_at(&self.file, &mut head[..count], start)?;
+        let mut fields = &head[..count];
+        let (kind, size) = (next_i32(&mut fields), next_i32(&mut fields));
+        if kind.is_some() && size.is_some_and(|size| size > self.bytes.saturating_mul(LARGEST_RATIO)) {
+            return Err(ParquetError::General("a page claims to be larger than it can be".into()));
+        }
+        Ok(())
+    }
+}
+
+/// Takes a field of type i32 that follows its predecessor off the front of a Thrift struct; negative values count as large.
+fn next_i32(bytes: &mut &[u8]) -> Option<u64> {
+    const NEXT_FIELD_OF_I32: u8 = 0x15;
+    let mut rest = bytes.strip_prefix(&[NEXT_FIELD_OF_I32])?.iter();
+    let mut zigzag = 0;
+    for shift in (0..35).step_by(7) {
+        let byte = *rest.next()?;
+        zigzag |= u64::from(byte & 0x7f) << shift;
+        if byte < 0x80 {
+            *bytes = rest.as_slice();
+            return Some(if zigzag % 2 == 0 { zigzag / 2 } else { u64::MAX });
+        }
+    }
+    None
 }
 
 impl Length for Pages {
@@ -45,6 +80,7 @@ impl ChunkReader for Pages {
     type T = io::BufReader<Tail>;
 
     fn get_read(&self, start: u64) -> ParquetResult<Self::T> {
+        self.check_page(start)?;
         let tail = Tail { file: Arc::clone(&self.file), at: start, end: self.bytes };
         Ok(io::BufReader::with_capacity(HEADER_BUFFER, tail))
     }
@@ -175,5 +211,39 @@ impl RowReader {
         let pages = Arc::new(File::open(&file.path).and_then(Pages::new).map_err(unreadable)?);
         self.file = Some((archive, Arc::clone(&pages)));
         Ok(pages)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    #[test]
+    fn page_that_claims_more_than_the_file_can_hold_is_refused() {
+        let check = |header: &[u8]| {
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(header).unwrap();
+            file.write_all(&[0; 100]).unwrap();
+            Pages::new(file).unwrap().get_read(0).map(|_| ()).map_err(|e| e.to_string())
+        };
+        // a data page of 2^31 - 1, of 20000 and of -1 bytes
+        let refused = "claims to be larger";
+        assert!(check(&[0x15, 0, 0x15, 0xfe, 0xff, 0xff, 0xff, 0x0f, 0x15, 20]).unwrap_err().contains(refused));
+        assert!(check(&[0x15, 0, 0x15, 0xc0, 0xb8, 0x02, 0x15, 20]).is_ok());
+        assert!(check(&[0x15, 0, 0x15, 0x01, 0x15, 20]).unwrap_err().contains(refused));
+    }
+
+    #[test]
+    fn nothing_beyond_the_end_is_read() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[1; 10]).unwrap();
+        let pages = Pages::new(file).unwrap();
+        assert_eq!(pages.get_bytes(4, 6).unwrap().len(), 6);
+        assert!(pages.get_bytes(5, 6).is_err() && pages.get_bytes(u64::MAX, 2).is_err());
+        let mut rest = Vec::new();
+        pages.get_read(7).unwrap().read_to_end(&mut rest).unwrap();
+        assert_eq!(rest, [1; 3]);
     }
 }
