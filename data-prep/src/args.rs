@@ -35,7 +35,7 @@ pub struct Args {
 /// The subcommands.
 #[derive(Debug, Clone, Subcommand)]
 pub enum Command {
-    /// Pack a folder of images into a shard set
+    /// Pack images into a shard set
     ///
     /// Every image is decoded once and gives `--views` augmented views. Samples are written in a random order that `--seed`
     /// fixes. Shards appear one by one, each complete; an interrupted run keeps those and goes on. A finished set is left alone.
@@ -52,20 +52,20 @@ pub enum Command {
     /// * Class folders: every directory at the top is a class, its images lie at any depth. Directories `train` and `val` at the top
     ///   are parts. A link to a directory that holds it is an error; a broken link to an image is a reject.
     ///
-    /// * ilsvrc2012: the directory with ILSVRC2012_img_train.tar, or ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz (or
-    ///   the directory it unpacks to). Labels count the sorted WordNet names, which are the class names.
+    /// * ilsvrc2012: the directory with `ILSVRC2012_img_train.tar`, or `ILSVRC2012_img_val.tar` and `ILSVRC2012_devkit_t12.tar.gz` (or
+    ///   the directory it unpacks to); class tars such as `n01440764.tar` will do for training. Labels count the sorted WordNet names, which are the class names.
     ///
-    /// * kaggle: the directory that holds ILSVRC/ and the LOC_ tables. An image of `val` that has no line in LOC_val_solution.csv,
+    /// * kaggle: the directory that holds `ILSVRC` and the tables `LOC_...`. An image of `val` that has no line in `LOC_val_solution.csv`,
     ///   or no file, is a reject.
     ///
-    /// * webdataset: tars whose members KEY.jpg (.png, .webp, ...: the first of jpg, jpeg, png that a key has) come with KEY.cls, an
-    ///   integer, or KEY.json with an integer `label`, `cls` or `class`. Without a label a sample gets -1. Classes are numbered up
-    ///   to the largest label. Samples are named by their members, or by TAR/MEMBER where members of two tars have one name.
+    /// * webdataset: tars whose members `KEY.jpg` (or png, webp, ...) come with `KEY.cls`, an
+    ///   integer, or `KEY.json` with an integer `label`, `cls` or `class`. Without a label a sample gets -1. Classes are numbered up
+    ///   to the largest label. Of several images of a key the first of jpg, jpeg, png, webp is taken. Samples are named by their members, or by `TAR/MEMBER` where members of two tars have one name.
     ///   Compressed tars must be decompressed first.
     ///
     /// * parquet: columns `image` (or `img`; bytes, or bytes and path) and `label` (or `labels`, `fine_label`); class names come from
     ///   the metadata of Hugging Face. Samples are named by `image.path` where every row has one of its own, otherwise
-    ///   FILE.parquet/ROW. Pages compressed by Snappy, LZ4, gzip or Brotli are read, by Zstandard not. A worker reads a row group's
+    ///   `FILE.parquet/ROW`. Pages compressed by Snappy, LZ4, gzip or Brotli are read, by Zstandard not. A worker reads a row group's
     ///   dictionary for a row in it: files with small row groups pack faster.
     ///
     /// * cifar10, cifar100: the directory of binary files; the pixels are taken as they are. Labels of CIFAR-100 are the fine ones.

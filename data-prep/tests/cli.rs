@@ -56,6 +56,12 @@ fn help_is_the_manual() {
         "--config",
         "--overwrite",
         "[default: 224]",
+        "--input-format",
+        "ilsvrc2012",
+        "webdataset",
+        "parquet",
+        "--split-fraction",
+        "--subset",
         "Example",
     ] {
         assert!(pack.contains(word), "{word}");
@@ -143,6 +149,40 @@ fn configuration_file_and_flags_make_the_same_set() -> Outcome {
     let ran = run(&["pack", "--config", &text(&toml), "--views", "2", "--output", &text(&file), "--quiet"]);
     assert!(ran.status == 0 && ran.stderr.is_empty() && ran.stdout.is_empty(), "{}{}", ran.stderr, ran.stdout);
     assert!(contents(&flags)? == contents(&file)?);
+    Ok(())
+}
+
+#[test]
+fn input_options_are_flags_and_keys() -> Outcome {
+    let root = tempfile::tempdir()?;
+    let (input, output) = (root.path().join("in"), root.path().join("out"));
+    photos(&input, &[("a", 10), ("b", 20)])?;
+    let toml = root.path().join("c.toml");
+    shared::io::write_atomic(&toml, b"split = 'val'\nsplit-fraction = 0.1\nsplit-seed = 3\nviews = 2\nsize = 16\n")?;
+    let input = text(&input);
+    let packed = |more: &[&str]| -> Outcome<u64> {
+        let output = text(&output);
+        let base = ["--input", &input, "--output", &output, "--recipe", "moco-v2", "--config", &text(&toml), "--json"];
+        let ran = run(&[&["pack", "--overwrite", "--quiet"], &base[..], more].concat());
+        assert_eq!(ran.status, 0, "{}", ran.stderr);
+        Ok(serde_json::from_str::<Value>(&ran.stdout)?["samples"].as_u64().expect("a count"))
+    };
+    assert_eq!(packed(&["--split", "train"])?, 27);
+    assert_eq!(packed(&[])?, 3);
+    let output = text(&output);
+    let verify =
+        ["verify", &output, "--source", &input, "--split", "val", "--split-fraction", "0.1", "--split-seed", "3"];
+    assert_eq!(run(&verify).status, 0);
+    let ran = run(&[&verify[..9], &["4"]].concat());
+    assert!(ran.status == 1 && ran.stderr.contains("error: sample "), "{}", ran.stderr);
+    for (wrong, sentence) in [
+        (["--split-fraction", "1"], "must be a share"),
+        (["--input-format", "zip"], "possible values"),
+        (["--root", "elsewhere"], "`--root` is for lists"),
+    ] {
+        let ran = run(&[&["plan", "--recipe", "moco-v2", "--input", &input], &wrong[..]].concat());
+        assert!(ran.status == 2 && ran.stderr.contains(sentence), "{wrong:?}: {}", ran.stderr);
+    }
     Ok(())
 }
 

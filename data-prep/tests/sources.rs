@@ -62,8 +62,10 @@ fn imagenet(root: &Path) -> Outcome {
     photos(&root.join("loose"), &[("a", 8), ("b", 6), ("c", 5)])?;
     fs::create_dir_all(&official)?;
     fs::create_dir_all(images.join("val"))?;
+    let class_tars = root.join("class-tars");
+    fs::create_dir_all(&class_tars)?;
     let (mut train, mut val) = (tar::Builder::new(Vec::new()), tar::Builder::new(Vec::new()));
-    let (mut truth, mut solution) = (Vec::new(), "ImageId,PredictionString\n".to_string());
+    let (mut truth, mut solution) = (Vec::new(), vec!["ImageId,PredictionString\n".to_string()]);
     for (class, folder) in classes.into_iter().zip(["a", "b", "c"]) {
         let mut class_tar = tar::Builder::new(Vec::new());
         let mut files: Vec<PathBuf> = fs::read_dir(root.join("loose").join(folder))?
@@ -80,7 +82,7 @@ fn imagenet(root: &Path) -> Outcome {
             if i % 4 == 1 {
                 truth.push(numbers_of_kit[classes.iter().position(|c| *c == class).expect("a class")]);
                 let name = format!("ILSVRC2012_val_{:08}", truth.len());
-                solution += &format!("{name},{class} 85 1 499 272 \n");
+                solution.push(format!("{name},{class} 85 1 499 272 \n"));
                 write(folders.join("val").join(class), &format!("{name}.JPEG"))?;
                 write(images.join("val"), &format!("{name}.JPEG"))?;
                 add(&mut val, &format!("{name}.JPEG"), &bytes)?;
@@ -91,16 +93,18 @@ fn imagenet(root: &Path) -> Outcome {
                 add(&mut class_tar, &name, &bytes)?;
             }
         }
-        add(&mut train, &format!("{class}.tar"), &class_tar.into_inner()?)?;
+        let class_tar = class_tar.into_inner()?;
+        write_atomic(class_tars.join(format!("{class}.tar")), &class_tar)?;
+        add(&mut train, &format!("{class}.tar"), &class_tar)?;
     }
-    let truth: String = truth.into_iter().map(|number| format!("{number}\n")).collect();
+    let truth = truth.into_iter().map(|number| number.to_string()).collect::<Vec<_>>().join("\n");
     write_atomic(official.join("ILSVRC2012_img_train.tar"), &train.into_inner()?)?;
     write_atomic(official.join("ILSVRC2012_img_val.tar"), &val.into_inner()?)?;
     write_atomic(
         official.join("ILSVRC2012_devkit_t12.tar.gz"),
         &kit(&truth, &fs::read(made("meta_compressed.mat"))?)?,
     )?;
-    write_atomic(kaggle.join("LOC_val_solution.csv"), solution.as_bytes())?;
+    write_atomic(kaggle.join("LOC_val_solution.csv"), solution.concat().as_bytes())?;
     write_atomic(
         kaggle.join("LOC_synset_mapping.txt"),
         b"n02119789 kit fox\nn01440764 tench, Tinca tinca\nn01751748 sea snake\n",
@@ -141,6 +145,8 @@ fn imagenet_gives_the_same_set_from_archives_kaggle_and_class_folders() -> Outco
         }
         assert!(sets.windows(2).all(|pair| pair[0] == pair[1]), "{split:?}");
     }
+    let (tars, whole) = (open(&root.path().join("class-tars")), open(&root.path().join("official")));
+    assert!(tars.format == InputFormat::Ilsvrc2012 && tars.as_input().fingerprint == whole.as_input().fingerprint);
     let val = Listing::open(&root.path().join("official"), &part(Split::Val))?;
     assert_eq!(&*val.samples[0].name, "n01440764/ILSVRC2012_val_00000001.JPEG");
     let file = root.path().join("official/ILSVRC2012_img_val.tar");
@@ -163,16 +169,19 @@ fn development_kit_is_read_packed_and_unpacked_and_missed_by_name() -> Outcome {
     // the other form in which scipy and MATLAB write
     fs::copy(made("meta.mat"), data.join("meta.mat"))?;
     assert_eq!(Listing::open(&official, &part(Split::Val))?.samples, val.samples);
-    // every prefix of the file, and every byte changed, ends in an answer
+    // prefixes of the file, and the file with bytes changed, end in an answer
     let meta = fs::read(made("meta.mat"))?;
+    let path = data.join("meta.mat");
+    let write =
+        |bytes: &[u8]| fs::File::options().write(true).truncate(true).open(&path).and_then(|mut f| f.write_all(bytes));
     for length in (0..meta.len()).step_by(7) {
-        write_atomic(data.join("meta.mat"), &meta[..length])?;
+        write(&meta[..length])?;
         assert!(Listing::open(&official, &part(Split::Val)).is_err(), "{length} bytes");
     }
     for at in (128..meta.len()).step_by(3) {
         let mut changed = meta.clone();
         changed[at] ^= 0xff;
-        write_atomic(data.join("meta.mat"), &changed)?;
+        write(&changed)?;
         drop(Listing::open(&official, &part(Split::Val)));
     }
     Ok(())
@@ -249,7 +258,7 @@ fn tars_of_one_directory_are_told_apart_only_where_names_are_not_unique() -> Out
 }
 
 #[test]
-fn gnu_and_pax_archives_of_python_give_the_same_names() -> Outcome {
+fn gnu_and_pax_archives_of_python_give_the_same_names() {
     let long = format!("{}/{}/{}.png", "d".repeat(120), "e".repeat(120), "f".repeat(80));
     for name in ["gnu.tar", "pax.tar"] {
         let listing = open(&made(name));
@@ -266,7 +275,6 @@ fn gnu_and_pax_archives_of_python_give_the_same_names() -> Outcome {
             assert!(reason.contains("a link to `plain.png`"), "{reason}");
         }
     }
-    Ok(())
 }
 
 #[test]
@@ -294,7 +302,7 @@ fn parquet_of_pyarrow_is_read_row_by_row_in_any_order() -> Outcome {
 }
 
 #[test]
-fn parquet_rows_without_image_or_sound_label_are_rejects() -> Outcome {
+fn parquet_rows_without_image_or_sound_label_are_rejects() {
     let listing = open(&made("validation-00000-of-00001.parquet"));
     let file = "validation-00000-of-00001.parquet";
     let found: Vec<String> = listing.samples.iter().map(|sample| sample.name.to_string()).collect();
@@ -306,6 +314,19 @@ fn parquet_rows_without_image_or_sound_label_are_rejects() -> Outcome {
     assert_eq!(results[1], Err("the row holds no image".into()));
     assert_eq!(results[3], Err("the row holds no image".into()));
     assert!(results[4].as_ref().unwrap_err().contains("label 7 is outside the 3 classes"));
+}
+
+#[test]
+fn parquet_column_of_bytes_needs_no_path_and_no_class_names() -> Outcome {
+    let listing = open(&made("plain.parquet"));
+    assert_eq!(names(&listing), [("plain.parquet/0", 5), ("plain.parquet/1", 0), ("plain.parquet/2", 2)]);
+    assert_eq!(listing.classes.len(), 6);
+    let mut reader = Reader::default();
+    for (index, sample) in listing.samples.iter().enumerate() {
+        assert_eq!(load(&listing, sample, &mut reader)?, picture(80 + index));
+    }
+    let error = Listing::open(&made("zstd.parquet"), &SourceOptions::default()).unwrap_err().to_string();
+    assert!(error.contains("zstd.parquet") && error.contains("compressed by ZSTD"), "{error}");
     Ok(())
 }
 
@@ -414,7 +435,7 @@ fn split_fraction_takes_the_stated_count_of_each_class_and_leaves_the_rest() -> 
     // 3, 1.5 and 0.3
     let count = |samples: &[(String, i64)]| [0, 1, 2].map(|label| samples.iter().filter(|s| s.1 == label).count());
     assert_eq!((count(&val), count(&train)), ([3, 2, 0], [7, 3, 1]));
-    let mut all = [train.clone(), val.clone()].concat();
+    let mut all = [train, val.clone()].concat();
     all.sort();
     let every = open(root.path());
     assert_eq!(all.iter().map(|(n, l)| (n.as_str(), *l)).collect::<Vec<_>>(), names(&every));
@@ -444,7 +465,7 @@ fn subset_takes_what_the_file_names_after_the_split() -> Outcome {
     let found = subset("n02119789_0.JPEG\n\nn01440764/n01440764_2.JPEG\nn02119789_0.JPEG\n")?;
     assert_eq!(found, ["n01440764/n01440764_2.JPEG", "n02119789/n02119789_0.JPEG"]);
     let error = subset("n02119789_0.JPEG\na\nb\nc\nd\n").unwrap_err();
-    assert!(error.contains("4 lines") && error.contains("`a`, `b`, `c` names no sample"), "{error}");
+    assert!(error.contains("4 lines") && error.contains("`a`, `b`, `c` is the name of no sample"), "{error}");
     // an image of the other part
     assert!(subset("ILSVRC2012_val_00000001.JPEG\n").is_err());
 

@@ -14,17 +14,17 @@ pub enum InputFormat {
     ClassFolders,
     /// A folder of images without classes
     Flat,
-    /// The official archives of ImageNet: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz
+    /// The official archives of ImageNet: `ILSVRC2012_img_train.tar`, `ILSVRC2012_img_val.tar` and `ILSVRC2012_devkit_t12.tar.gz`
     Ilsvrc2012,
-    /// ImageNet as Kaggle gives it: ILSVRC/Data/CLS-LOC, LOC_synset_mapping.txt, LOC_val_solution.csv
+    /// ImageNet as Kaggle gives it: `ILSVRC/Data/CLS-LOC`, `LOC_synset_mapping.txt`, `LOC_val_solution.csv`
     Kaggle,
-    /// Tars in which members of one key make a sample: 0001.jpg with 0001.cls or 0001.json
+    /// Tars in which members of one key make a sample: `0001.jpg` with `0001.cls` or `0001.json`
     Webdataset,
     /// Parquet as Hugging Face writes it: columns `image` and `label`
     Parquet,
-    /// CIFAR-10, binary version: data_batch_1.bin, test_batch.bin, batches.meta.txt
+    /// CIFAR-10, binary version: `data_batch_1.bin`, `test_batch.bin`, `batches.meta.txt`
     Cifar10,
-    /// CIFAR-100, binary version: train.bin, test.bin, fine_label_names.txt
+    /// CIFAR-100, binary version: `train.bin`, `test.bin`, `fine_label_names.txt`
     Cifar100,
     /// A text file that names an image, and its label, in each line
     List,
@@ -72,9 +72,11 @@ impl Split {
     }
 }
 
+/// Where the help lists these flags.
+const HEADING: &str = "Input options";
+
 /// What the input is, and which of its samples are taken: flags of every command that reads images, and keys of `--config`.
 #[derive(Debug, Clone, Default, PartialEq, ClapArgs, Serialize, Deserialize)]
-#[command(next_help_heading = "Input options")]
 #[serde(rename_all = "kebab-case", default)]
 pub struct SourceOptions {
     /// How the input is laid out [default: told by looking]
@@ -82,7 +84,7 @@ pub struct SourceOptions {
     /// Archives, Parquet files and CIFAR files are read in place: nothing is unpacked. A sample is known by a name that does not
     /// depend on the packaging, so ImageNet gives the same set from its official archives, from Kaggle's folders and from
     /// extracted class folders.
-    #[arg(long, value_enum, value_name = "FORMAT")]
+    #[arg(long, help_heading = HEADING, value_enum, value_name = "FORMAT")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub input_format: Option<InputFormat>,
 
@@ -91,7 +93,7 @@ pub struct SourceOptions {
     /// Parts are those of ImageNet and CIFAR (whose `val` is the test file), files of WebDataset and Parquet with `train`,
     /// `validation` or `test` in their names, directories `train` and `val` of class folders, or those that `--split-fraction`
     /// makes.
-    #[arg(long, value_enum, value_name = "PART")]
+    #[arg(long, help_heading = HEADING, value_enum, value_name = "PART")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub split: Option<Split>,
 
@@ -99,30 +101,30 @@ pub struct SourceOptions {
     ///
     /// Which samples are set aside depends on `--split-seed` and their names alone. Of a class of n samples it is n times the share,
     /// rounded to the nearest whole number, halves up.
-    #[arg(long, value_name = "SHARE")]
+    #[arg(long, help_heading = HEADING, value_name = "SHARE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub split_fraction: Option<f64>,
 
     /// Seed of `--split-fraction` and `--subset-fraction`; the seed of the views has no part in them [default: 0]
-    #[arg(long, value_name = "SEED")]
+    #[arg(long, help_heading = HEADING, value_name = "SEED")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub split_seed: Option<u64>,
 
     /// Take only the samples that this text file names, one in each line, by their whole name or its last part
     ///
     /// SimCLR's lists of 1 % and 10 % of ImageNet are such files. Applied after the split.
-    #[arg(long, value_name = "FILE", conflicts_with = "subset_fraction")]
+    #[arg(long, help_heading = HEADING, value_name = "FILE", conflicts_with = "subset_fraction")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub subset: Option<PathBuf>,
 
     /// Take only this share of each class, chosen by `--split-seed`, rounded as `--split-fraction`, at least one; applied after the
     /// split
-    #[arg(long, value_name = "SHARE")]
+    #[arg(long, help_heading = HEADING, value_name = "SHARE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub subset_fraction: Option<f64>,
 
     /// Folder that the paths of a list are relative to [default: the list's own]
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, help_heading = HEADING, value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub root: Option<PathBuf>,
 }

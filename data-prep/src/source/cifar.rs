@@ -41,13 +41,12 @@ pub(super) fn list(input: &Path, format: InputFormat, split: Option<Split>) -> R
         input.parent().unwrap_or(Path::new(".")).to_path_buf()
     };
     // the label is the last byte before the pixels; in CIFAR-100 the coarse label comes before the fine one
-    let (names, label_bytes, train, test) = match format {
-        InputFormat::Cifar100 => ("fine_label_names.txt", 2, &["train.bin"][..], "test.bin"),
-        _ => {
-            let batches =
-                &["data_batch_1.bin", "data_batch_2.bin", "data_batch_3.bin", "data_batch_4.bin", "data_batch_5.bin"];
-            ("batches.meta.txt", 1, &batches[..], "test_batch.bin")
-        }
+    let (names, label_bytes, train, test) = if format == InputFormat::Cifar100 {
+        ("fine_label_names.txt", 2, &["train.bin"][..], "test.bin")
+    } else {
+        let batches =
+            &["data_batch_1.bin", "data_batch_2.bin", "data_batch_3.bin", "data_batch_4.bin", "data_batch_5.bin"];
+        ("batches.meta.txt", 1, &batches[..], "test_batch.bin")
     };
     let names = directory.join(names);
     let text = fs::read_to_string(&names).map_err(Error::io("read", &names))?;

@@ -1,11 +1,11 @@
-//! ImageNet (ILSVRC 2012) in its official archives: a tar of class tars for training, a flat tar and the development kit for
-//! validation.
+//! ImageNet (ILSVRC 2012) in its official archives: a tar of class tars for training (or the class tars themselves), a flat tar and
+//! the development kit for validation.
 //!
 //! # Source
 //! <https://www.image-net.org/challenges/LSVRC/2012/2012-downloads.php>; the kit's `readme.txt` describes `meta.mat` and the ground
 //! truth.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
@@ -35,9 +35,25 @@ pub(super) fn is_archive(path: &Path) -> bool {
     path.file_name().is_some_and(|name| [TRAIN, VAL, TEST].iter().any(|known| name == *known))
 }
 
-/// Whether a directory holds official archives.
+/// Whether a directory holds official archives, or the class tars that the one for training holds.
 pub(super) fn has_archives(directory: &Path) -> bool {
     [TRAIN, VAL].iter().any(|name| directory.join(name).is_file())
+        || class_tars_of(directory).is_ok_and(|tars| !tars.is_empty())
+}
+
+/// The files `n01440764.tar`, ... of a directory, sorted.
+fn class_tars_of(directory: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let mut tars = Vec::new();
+    for entry in fs::read_dir(directory).map_err(Error::io("list", directory))? {
+        let path = entry.map_err(Error::io("list", directory))?.path();
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let digits = name.strip_prefix('n').and_then(|name| name.strip_suffix(".tar")).unwrap_or_default();
+        if digits.len() == 8 && digits.bytes().all(|byte| byte.is_ascii_digit()) {
+            tars.push((name.to_string(), path));
+        }
+    }
+    tars.sort_unstable();
+    Ok(tars)
 }
 
 /// Lists the samples of a directory with official archives, or of one of them.
@@ -50,7 +66,8 @@ pub(super) fn list(input: &Path, split: Option<Split>) -> Result<Builder> {
         (input.parent().unwrap_or(Path::new(".")), own)
     };
     match split.or(own).unwrap_or(Split::Train) {
-        Split::Train => list_train(&existing(directory, TRAIN)?),
+        Split::Train if directory.join(TRAIN).is_file() => list_train(&directory.join(TRAIN)),
+        Split::Train => list_class_tars(&class_tars_of(directory)?, directory),
         Split::Val => list_val(&existing(directory, VAL)?, directory),
         Split::Test => {
             Err(Error::usage("the test images of ImageNet have no labels and no archive that is read here: use `val`"))
@@ -79,27 +96,48 @@ fn list_train(path: &Path) -> Result<Builder> {
         builder.refuse(TRAIN, reason);
     }
     for tar in class_tars {
-        let class = base_name(&tar.name).strip_suffix(".tar");
-        let (Some(class), None) = (class, &tar.fault) else {
-            let reason =
-                tar.fault.unwrap_or_else(|| "it is no class: the archive must hold a tar for each class".into());
-            builder.refuse(&tar.name, reason);
-            continue;
-        };
-        builder.classes.push(class.to_string());
-        let range = (tar.offset, tar.offset + tar.bytes);
-        let damage = for_each_member(&file, range, |member| {
-            let name = format!("{class}/{}", base_name(&member.name));
-            add(&mut builder, &name, archive, member);
-        });
-        if let Err(reason) = damage {
-            builder.refuse(&tar.name, reason);
+        match tar.fault {
+            None => add_class(&mut builder, &tar.name, &file, (tar.offset, tar.offset + tar.bytes), archive),
+            Some(reason) => builder.refuse(&tar.name, reason),
         }
     }
+    Ok(labelled(builder))
+}
+
+fn list_class_tars(tars: &[(String, PathBuf)], directory: &Path) -> Result<Builder> {
+    if tars.is_empty() {
+        existing(directory, TRAIN)?;
+    }
+    let mut builder = Builder::default();
+    for (name, path) in tars {
+        let (file, end) = open(path)?;
+        let archive = builder.add_archive(Archive::Plain(path.clone()));
+        add_class(&mut builder, name, &file, (0, end), archive);
+    }
+    Ok(labelled(builder))
+}
+
+/// Adds the images of a class tar.
+fn add_class(builder: &mut Builder, tar_name: &str, file: &File, range: (u64, u64), archive: u32) {
+    let Some(class) = base_name(tar_name).strip_suffix(".tar") else {
+        builder.refuse(tar_name, "it is no class: the archive must hold a tar for each class".into());
+        return;
+    };
+    builder.classes.push(class.to_string());
+    let damage = for_each_member(file, range, |member| {
+        let name = format!("{class}/{}", base_name(&member.name));
+        add(builder, &name, archive, member);
+    });
+    if let Err(reason) = damage {
+        builder.refuse(tar_name, reason);
+    }
+}
+
+fn labelled(mut builder: Builder) -> Builder {
     builder.classes.sort_unstable();
     builder.classes.dedup();
     label_by_directory(&mut builder);
-    Ok(builder)
+    builder
 }
 
 fn list_val(path: &Path, directory: &Path) -> Result<Builder> {
@@ -119,8 +157,7 @@ fn list_val(path: &Path, directory: &Path) -> Result<Builder> {
     if let Err(reason) = damage {
         builder.refuse(VAL, reason);
     }
-    label_by_directory(&mut builder);
-    Ok(builder)
+    Ok(labelled(builder))
 }
 
 fn add(builder: &mut Builder, name: &str, archive: u32, member: Member) {

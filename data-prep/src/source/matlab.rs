@@ -1,7 +1,7 @@
 //! The little of MATLAB's file format (version 5) that `meta.mat` of ImageNet needs: the struct array `synsets`.
 //!
 //! # Source
-//! "MAT-File Format", MathWorks, version 5. An element is a tag (type, number of bytes) and data padded to 8 bytes; up to 4 bytes of
+//! "MAT-File Format", `MathWorks`, version 5. An element is a tag (type, number of bytes) and data padded to 8 bytes; up to 4 bytes of
 //! data lie in the tag itself. Elements may be wrapped, each by itself, in a zlib stream.
 
 use std::io::Read as _;

@@ -9,7 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use parquet::basic::Type;
+use parquet::basic::{Compression, Type};
 use parquet::column::reader::{ColumnReaderImpl, get_typed_column_reader};
 use parquet::data_type::{ByteArrayType, DataType, Int32Type, Int64Type};
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
@@ -57,7 +57,7 @@ pub(super) fn list(input: &Path, split: Option<Split>) -> Result<Builder> {
             let what = format!("`{}` has other class names than `{}`", path.display(), files[0].1.display());
             return Err(Error::invalid(what, "give files of one data set"));
         }
-        let labels = read.label.as_ref().map(|values| values.as_slice());
+        let labels = read.label.as_deref();
         let image = read.file.image;
         let starts = read.file.starts.clone();
         let groups: Vec<u64> = read
@@ -80,13 +80,13 @@ pub(super) fn list(input: &Path, split: Option<Split>) -> Result<Builder> {
             }
             let label = labels.and_then(|labels| labels.get(row as usize)).copied().flatten().unwrap_or(-1);
             let number;
-            let sample_name = match read.paths.as_ref().filter(|_| named).and_then(|paths| paths.get(row as usize)) {
-                Some(path) => path.as_str(),
-                None => {
+            let sample_name =
+                if let Some(path) = read.paths.as_ref().filter(|_| named).and_then(|paths| paths.get(row as usize)) {
+                    path.as_str()
+                } else {
                     number = format!("{name}/{row}");
                     &number
-                }
-            };
+                };
             let known = builder.classes.is_empty() || label < builder.classes.len() as i64;
             match check_label(label) {
                 Ok(label) if known => builder.push(sample_name, label, groups[group], Place::Row { archive, row }),
@@ -150,6 +150,14 @@ fn read_file(path: &Path) -> Result<Columns, String> {
         let there: Vec<String> = columns.iter().take(8).map(|column| column.path().string()).collect();
         format!("it has no column `image` of images, its columns are `{}`", there.join("`, `"))
     })?;
+    for group in metadata.row_groups() {
+        if let codec @ (Compression::ZSTD(_) | Compression::LZO) = group.column(image).compression() {
+            let name = format!("{codec:?}").split('(').next().unwrap_or_default().to_string();
+            return Err(format!(
+                "its images are compressed by {name}, which is not read: write it again with Snappy, or with none"
+            ));
+        }
+    }
     let image_path = columns[image].path().parts().first().map(|name| format!("{name}.path"));
     let image_path = image_path.and_then(|name| find(&[name], &[Type::BYTE_ARRAY]));
     let names: Vec<String> = LABEL_COLUMNS.iter().map(ToString::to_string).collect();

@@ -1,4 +1,7 @@
 //! Single rows of a Parquet column: pages before the row are passed over by their headers, without being read.
+//!
+//! A worker keeps one column open, with one page and, where the column has one, its dictionary: writers that use dictionaries for
+//! images put all images of a row group into it, so that memory and time for a single row grow with the row group.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -15,8 +18,9 @@ use parquet::file::serialized_reader::SerializedPageReader;
 use super::parquet::{ParquetFile, caught, one_line};
 use super::reader::{LARGEST_IMAGE_BYTES, read_exact_at};
 
-/// How many column readers a worker keeps, each with a page: reading in order stays in one of them.
-const OPEN_GROUPS: usize = 2;
+/// A page that claims to be this many times as long as the whole file, once it is decompressed, is refused: that takes memory
+/// before it turns out to be false. Snappy comes to 21 times at most, LZ4 to 255.
+const LARGEST_RATIO: u64 = 256;
 /// Headers of pages are read through a buffer of this size.
 const HEADER_BUFFER: usize = 512;
 
@@ -32,6 +36,38 @@ impl Pages {
         let bytes = file.metadata()?.len();
         Ok(Self { file: Arc::new(file), bytes })
     }
+
+    /// Refuses a page whose header claims an impossible size.
+    ///
+    /// A header is a Thrift struct (compact protocol) that begins with three i32 fields: the kind of page, its size, its compressed
+    /// size.
+    fn check_page(&self, start: u64) -> ParquetResult<()> {
+        let mut head = [0; 12];
+        let count = self.bytes.saturating_sub(start).min(head.len() as u64) as usize;
+        read_exact_at(&self.file, &mut head[..count], start)?;
+        let mut fields = &head[..count];
+        let (kind, size) = (next_i32(&mut fields), next_i32(&mut fields));
+        if kind.is_some() && size.is_some_and(|size| size > self.bytes.saturating_mul(LARGEST_RATIO)) {
+            return Err(ParquetError::General("a page claims to be larger than it can be".into()));
+        }
+        Ok(())
+    }
+}
+
+/// Takes a field of type i32 that follows its predecessor off the front of a Thrift struct; negative values count as large.
+fn next_i32(bytes: &mut &[u8]) -> Option<u64> {
+    const NEXT_FIELD_OF_I32: u8 = 0x15;
+    let mut rest = bytes.strip_prefix(&[NEXT_FIELD_OF_I32])?.iter();
+    let mut zigzag = 0;
+    for shift in (0..35).step_by(7) {
+        let byte = *rest.next()?;
+        zigzag |= u64::from(byte & 0x7f) << shift;
+        if byte < 0x80 {
+            *bytes = rest.as_slice();
+            return Some(if zigzag % 2 == 0 { zigzag / 2 } else { u64::MAX });
+        }
+    }
+    None
 }
 
 impl Length for Pages {
@@ -44,6 +80,7 @@ impl ChunkReader for Pages {
     type T = io::BufReader<Tail>;
 
     fn get_read(&self, start: u64) -> ParquetResult<Self::T> {
+        self.check_page(start)?;
         let tail = Tail { file: Arc::clone(&self.file), at: start, end: self.bytes };
         Ok(io::BufReader::with_capacity(HEADER_BUFFER, tail))
     }
@@ -101,16 +138,16 @@ struct OpenGroup {
     reader: ColumnReaderImpl<ByteArrayType>,
 }
 
-/// What a worker keeps open from row to row, the last used first.
+/// What a worker keeps open from row to row.
 #[derive(Default)]
 pub(super) struct RowReader {
     file: Option<(u32, Arc<Pages>)>,
-    open: Vec<OpenGroup>,
+    open: Option<OpenGroup>,
 }
 
 impl std::fmt::Debug for RowReader {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let open: Vec<_> = self.open.iter().map(|open| (open.archive, open.group, open.next)).collect();
+        let open = self.open.as_ref().map(|open| (open.archive, open.group, open.next));
         f.debug_struct("RowReader").field("open", &open).finish_non_exhaustive()
     }
 }
@@ -129,7 +166,7 @@ impl RowReader {
         let result = caught(|| self.read_row(archive, file, row, bytes));
         if result.is_err() {
             // what broke may be in any state
-            self.open.clear();
+            self.open = None;
         }
         result
     }
@@ -139,18 +176,14 @@ impl RowReader {
         let group = file.starts.partition_point(|&start| start <= row).saturating_sub(1);
         let row = row - file.starts.get(group).copied().unwrap_or(0);
         let usable = |open: &OpenGroup| open.archive == archive && open.group == group && open.next <= row;
-        let at = match self.open.iter().position(usable) {
-            Some(at) => at,
-            None => {
-                let pages = self.pages(archive, file)?;
-                let reader = column_reader(&pages, &file.metadata, group, file.image).map_err(text)?;
-                self.open.truncate(OPEN_GROUPS - 1);
-                self.open.push(OpenGroup { archive, group, next: 0, reader: get_typed_column_reader(reader) });
-                self.open.len() - 1
-            }
-        };
-        self.open[..=at].rotate_right(1);
-        let open = &mut self.open[0];
+        if !self.open.as_ref().is_some_and(usable) {
+            // before another one takes its memory
+            self.open = None;
+            let pages = self.pages(archive, file)?;
+            let reader = column_reader(&pages, &file.metadata, group, file.image).map_err(text)?;
+            self.open = Some(OpenGroup { archive, group, next: 0, reader: get_typed_column_reader(reader) });
+        }
+        let Some(open) = &mut self.open else { return Err("it cannot be opened".into()) };
         let skip = row - open.next;
         let skipped = open.reader.skip_records(skip as usize).map_err(text)?;
         let (mut values, mut levels) = (Vec::with_capacity(1), Vec::new());
@@ -178,5 +211,39 @@ impl RowReader {
         let pages = Arc::new(File::open(&file.path).and_then(Pages::new).map_err(unreadable)?);
         self.file = Some((archive, Arc::clone(&pages)));
         Ok(pages)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    #[test]
+    fn page_that_claims_more_than_the_file_can_hold_is_refused() {
+        let check = |header: &[u8]| {
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(header).unwrap();
+            file.write_all(&[0; 100]).unwrap();
+            Pages::new(file).unwrap().get_read(0).map(|_| ()).map_err(|e| e.to_string())
+        };
+        // a data page of 2^31 - 1, of 20000 and of -1 bytes
+        let refused = "claims to be larger";
+        assert!(check(&[0x15, 0, 0x15, 0xfe, 0xff, 0xff, 0xff, 0x0f, 0x15, 20]).unwrap_err().contains(refused));
+        assert!(check(&[0x15, 0, 0x15, 0xc0, 0xb8, 0x02, 0x15, 20]).is_ok());
+        assert!(check(&[0x15, 0, 0x15, 0x01, 0x15, 20]).unwrap_err().contains(refused));
+    }
+
+    #[test]
+    fn nothing_beyond_the_end_is_read() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[1; 10]).unwrap();
+        let pages = Pages::new(file).unwrap();
+        assert_eq!(pages.get_bytes(4, 6).unwrap().len(), 6);
+        assert!(pages.get_bytes(5, 6).is_err() && pages.get_bytes(u64::MAX, 2).is_err());
+        let mut rest = Vec::new();
+        pages.get_read(7).unwrap().read_to_end(&mut rest).unwrap();
+        assert_eq!(rest, [1; 3]);
     }
 }

@@ -87,13 +87,12 @@ impl Reader {
             return Err("its archive is not listed".into());
         };
         let unreadable = |e: io::Error| format!("cannot read `{}`: {e}", path.display());
-        let at = match self.open.iter().position(|(open, _)| *open == archive) {
-            Some(at) => at,
-            None => {
-                self.open.truncate(OPEN_ARCHIVES - 1);
-                self.open.push((archive, File::open(path).map_err(unreadable)?));
-                self.open.len() - 1
-            }
+        let at = if let Some(at) = self.open.iter().position(|(open, _)| *open == archive) {
+            at
+        } else {
+            self.open.truncate(OPEN_ARCHIVES - 1);
+            self.open.push((archive, File::open(path).map_err(unreadable)?));
+            self.open.len() - 1
         };
         self.open[..=at].rotate_right(1);
         self.bytes.resize(bytes as usize, 0);

@@ -97,13 +97,12 @@ fn named(path: &Path, samples: &[Sample]) -> Result<Vec<bool>> {
         }
     }
     for (names, what, hint) in [
-        (missing, "names no sample of the input", "check that the list belongs to the input and its split"),
+        (missing, "is the name of no sample", "check that the list belongs to the input and its split"),
         (ambiguous, "is the last part of several names", "write the names with their directories"),
     ] {
-        if let Some((first, rest)) = names.split_first() {
-            let more: String = rest.iter().take(NAMED - 1).map(|name| format!(", `{name}`")).collect();
-            let count = names.len();
-            let what = format!("of `{}`, {count} lines cannot be found: `{first}`{more} {what}", path.display());
+        if !names.is_empty() {
+            let first = names[..names.len().min(NAMED)].join("`, `");
+            let what = format!("of `{}`, {} lines cannot be found: `{first}` {what}", path.display(), names.len());
             return Err(Error::invalid(what, hint));
         }
     }

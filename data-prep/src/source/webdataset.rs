@@ -135,10 +135,8 @@ fn add_tar(builder: &mut Builder, (archive_name, path): (&str, &Path), all_field
         }
         group.fields.push(field.clone());
         match (rank, field.as_str()) {
-            (Some(rank), _) => {
-                if group.image.as_ref().is_none_or(|(other, _)| rank < *other) {
-                    group.image = Some((rank, member));
-                }
+            (Some(rank), _) if group.image.as_ref().is_none_or(|(other, _)| rank < *other) => {
+                group.image = Some((rank, member));
             }
             (None, "cls") => group.label = Some((member.offset, member.bytes, false)),
             (None, "json") if group.label.is_none() => group.label = Some((member.offset, member.bytes, true)),
