@@ -1,4 +1,5 @@
-//! Time to decode a 500 x 333 photo and to make two MoCo v2 views of it, at every instruction set of the machine.
+//! Time to decode a 500 x 333 photo and to make two MoCo v2 views of it, at every instruction set of the machine, and the views of
+//! the other recipes at the best.
 
 use std::hint::black_box;
 use std::io::Cursor;
@@ -6,6 +7,7 @@ use std::io::Cursor;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use image::codecs::jpeg::JpegEncoder;
 use shared::rng::KeyedRng;
+use shared::transforms::built_in::BUILT_IN;
 use shared::transforms::decode::decode;
 use shared::transforms::normalize::Normalization;
 use shared::transforms::{Level, Recipe, RgbImage, Scratch, View};
@@ -42,6 +44,27 @@ fn transforms(criterion: &mut Criterion) {
                 for view in 0..2 {
                     let params = recipe.draw(0, sample, View::Global(view), 333, 500);
                     recipe.apply(View::Global(view), &photo, &params, SIZE, &mut scratch, &mut out).expect("a view");
+                }
+            });
+        });
+    }
+    group.finish();
+
+    let mut group = criterion.benchmark_group("all_views_of_500x333_to_224");
+    for built_in in BUILT_IN {
+        let recipe = (built_in.recipe)();
+        let views: Vec<(View, usize)> = (0..2)
+            .map(|view| (View::Global(view), SIZE))
+            .chain((0..recipe.local_views(2)).map(|view| (View::Local(view), 96)))
+            .collect();
+        let (mut scratch, mut out, mut sample) = (Scratch::default(), vec![0; SIZE * SIZE * 3], 0);
+        group.bench_function(built_in.name, |b| {
+            b.iter(|| {
+                sample += 1;
+                for &(view, size) in &views {
+                    let params = recipe.draw(0, sample, view, 333, 500);
+                    let out = &mut out[..size * size * 3];
+                    recipe.apply(view, &photo, &params, size, &mut scratch, out).expect("a view");
                 }
             });
         });

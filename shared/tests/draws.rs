@@ -26,11 +26,9 @@ impl Golden {
 
     /// The quantiles of a quantity, rising.
     fn quantiles(&self, name: &str) -> Vec<f64> {
-        let (steps, unit) = match (self.whole.get(name), self.real.get(name)) {
-            (Some(steps), _) => (steps, 1.0),
-            (None, Some(steps)) => (steps, 1e-4),
-            _ => panic!("no golden draws of {name}"),
-        };
+        let whole = self.whole.get(name).map(|steps| (steps, 1.0));
+        let found = whole.or_else(|| self.real.get(name).map(|steps| (steps, 1e-4)));
+        let (steps, unit) = found.unwrap_or_else(|| unreachable!("no golden draws of {name}"));
         let sums = steps.iter().scan(0, |sum, step| {
             *sum += step;
             Some(*sum)
@@ -172,6 +170,9 @@ fn every_quantity_of_every_recipe_is_distributed_as_torchvision_draws_it() {
     assert!((240..=290).contains(&compared), "{compared}: the threshold counts on about 270");
 }
 
+/// A quantity, and draws that are wrong in it.
+type Wrong<'a> = (&'a str, Box<dyn Fn(u64, (usize, usize)) -> ViewParams + 'a>);
+
 #[test]
 fn wrong_distributions_are_found_out() {
     let golden = Golden::read();
@@ -179,7 +180,6 @@ fn wrong_distributions_are_found_out() {
     let steps = &recipe.global[0];
     let right = |sample, (height, width)| recipe.draw(1, sample, View::Global(0), height, width);
     let rng = |sample| KeyedRng::new("wrong", 0, &[sample]);
-    type Wrong<'a> = (&'a str, Box<dyn Fn(u64, (usize, usize)) -> ViewParams + 'a>);
     let wrong: Vec<Wrong<'_>> = vec![
         // the side, not the area, is uniform
         (

@@ -32,7 +32,8 @@ struct Golden {
 struct View {
     picture: u64,
     recipe: String,
-    view: (Kind, usize),
+    #[serde(rename = "view")]
+    place: (Kind, usize),
     order: PassOrder,
     size: usize,
     row: [f32; 18],
@@ -48,9 +49,9 @@ enum Kind {
 
 impl View {
     fn which(&self) -> Which {
-        match self.view.0 {
-            Kind::Global => Which::Global(self.view.1),
-            Kind::Local => Which::Local(self.view.1),
+        match self.place.0 {
+            Kind::Global => Which::Global(self.place.1),
+            Kind::Local => Which::Local(self.place.1),
         }
     }
 }
@@ -182,7 +183,7 @@ fn golden_views_cover_every_step_of_every_recipe_in_both_pass_orders() {
                         .views
                         .iter()
                         .filter(|view| view.recipe == recipe.name && view.order == order)
-                        .filter(|view| (view.view.0 as usize, view.view.1) == (kind, first))
+                        .filter(|view| (view.place.0 as usize, view.place.1) == (kind, first))
                         .flat_map(|view| view.checks.iter().map(|(name, _)| name.as_str()))
                         .collect();
                     for (name, expected) in [

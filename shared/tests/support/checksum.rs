@@ -1,7 +1,7 @@
 //! The checksum in which golden pixels travel.
 
 /// CRC-32 as zlib and PNG have it, in hexadecimal digits.
-pub fn crc32(bytes: impl IntoIterator<Item = u8>) -> String {
+pub(crate) fn crc32(bytes: impl IntoIterator<Item = u8>) -> String {
     static TABLE: [u32; 256] = {
         let mut table = [0; 256];
         let mut byte = 0;
