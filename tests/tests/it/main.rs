@@ -11,3 +11,4 @@ mod golden_teachers;
 mod golden_transformers;
 mod pipeline;
 mod readme;
+mod source_sets;

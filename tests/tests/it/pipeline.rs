@@ -32,7 +32,7 @@ pub(crate) fn student_train(line: &str) -> Result<()> {
     student_train::run_and_print(&args).with_context(|| line.to_string())
 }
 
-fn student_eval(line: &str) -> Result<()> {
+pub(crate) fn student_eval(line: &str) -> Result<()> {
     eval::run(&eval::Args::try_parse_from(words("student-eval", line))?).with_context(|| line.to_string())
 }
 
