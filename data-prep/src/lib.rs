@@ -1,10 +1,12 @@
 //! The first stage: packs a folder of images into a shard set.
 //!
-//! `scan` lists the samples and their classes in a fixed order. `pack` decodes every image once, makes its views by the recipe and
-//! writes them, shard by shard, in a seeded random order, all or one part of them; `finish` closes a set made of parts. `plan` says beforehand what that takes; `verify` and `inspect` read a
-//! finished set. The bytes depend on the images, the recipe and the seed, never on threads, on interruptions or on the machine.
+//! `source` lists the samples and their classes in a fixed order. `pack` decodes every image once, makes its views by the recipe and
+//! writes them, shard by shard, in a seeded random order, all or one part of them; `finish` closes a set made of parts. `plan` says
+//! beforehand what that takes; `verify`, `inspect` and `bench` read a finished set; `redraw` gives other views of a set of source
+//! images. The bytes depend on the images, the recipe and the seed, never on threads, on interruptions or on the machine.
 
 pub mod args;
+pub mod bench;
 pub mod config;
 pub mod finish;
 pub mod inspect;
@@ -13,7 +15,9 @@ mod order;
 mod ordered;
 pub mod pack;
 pub mod plan;
-pub mod scan;
+pub mod redraw;
+mod sheet;
+pub mod source;
 pub mod verify;
 pub mod views;
 
@@ -44,6 +48,17 @@ pub fn run(args: &Args) -> Result<()> {
         Command::Verify(args) => {
             let summary = verify::verify(args)?;
             if args.json { print_json(&summary) } else { print(&summary.to_string()) }
+        }
+        Command::Redraw(args) => {
+            let summary = redraw::redraw(args)?;
+            if !args.common.quiet {
+                note(&summary.to_string());
+            }
+            if args.common.json { print_json(&summary) } else { Ok(()) }
+        }
+        Command::Bench(args) => {
+            let measured = bench::bench(args)?;
+            if args.json { print_json(&measured) } else { print(&measured.to_string()) }
         }
         Command::Inspect(args) => {
             let summary = inspect::inspect(args)?;

@@ -27,7 +27,7 @@ use crate::finish::PartOutcome;
 use crate::memory::MemoryBudget;
 use crate::order::packing_order;
 use crate::ordered::ordered;
-use crate::scan::{Listing, Sample};
+use crate::source::{Listing, Sample};
 use crate::views::{SampleViews, Worker, make_views};
 
 /// The file that names the images that could not be used; it is there even when it is empty.
@@ -35,7 +35,8 @@ pub const REJECTS_FILE: &str = "rejects.jsonl";
 
 /// What a refusal for want of disk space says: what needs it, and what would need less.
 pub(crate) const PACKING: &str = "packing";
-pub(crate) const FEWER_BYTES: &str = "take fewer `--views` or a smaller `--size`";
+pub(crate) const FEWER_BYTES: &str =
+    "take fewer `--views`, a smaller `--size`, `--store source` or `--codec jpeg` (`data-prep plan` compares them)";
 
 /// How many finished bytes may wait to be written.
 const WAITING_BYTES: usize = 256 << 20;
@@ -44,7 +45,7 @@ const WAITING_BYTES: usize = 256 << 20;
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Reject {
-    /// Path relative to the input folder.
+    /// Its name.
     pub path: String,
     /// Why.
     pub reason: String,
@@ -118,22 +119,18 @@ impl fmt::Display for PackSummary {
 /// Packs a folder of images, or one part of it.
 ///
 /// # Errors
-/// As [`Listing::scan`], [`OutputDir::begin`] and [`PartDir::begin`]; [`Error::Invalid`] when the disk is too small or too many images
+/// As [`Listing::open`], [`OutputDir::begin`] and [`PartDir::begin`]; [`Error::Invalid`] when the disk is too small or too many images
 /// cannot be used; [`Error::Io`], with advice when the disk is full.
 pub fn pack(config: &PackConfig) -> Result<PackSummary> {
     let output = config.output.as_deref().ok_or_else(|| Error::usage("`--output` is required"))?;
-    let listing = Listing::scan(&config.input)?;
-    must_fit(PACKING, output, bytes_to_write(config, output, listing.samples.len()), free_bytes(output), FEWER_BYTES)?;
+    let listing = Listing::open(&config.input, &config.source)?;
+    let to_write = bytes_to_write(config, output, listing.samples.len(), config.shards.sample_bytes());
+    must_fit(PACKING, output, to_write, free_bytes(output), FEWER_BYTES)?;
     let identity = Identity::new(Stage::DataPrep, &config.shards, config.seed, vec![listing.as_input()])?;
     let job = Job {
         config,
         samples: in_packing_order(&listing, config),
-        details: ShardSetDetails {
-            views: config.shards.views,
-            height: config.shards.size,
-            width: config.shards.size,
-            classes: listing.classes.clone(),
-        },
+        details: config.shards.details(listing.classes.clone()),
         listing: &listing,
         directory: output.to_path_buf(),
     };
@@ -204,16 +201,14 @@ pub(crate) fn in_packing_order<'a>(listing: &'a Listing, config: &PackConfig) ->
     order.into_iter().map(|position| &listing.samples[position]).collect()
 }
 
-/// What the shards that are not there yet will take.
-pub(crate) fn bytes_to_write(config: &PackConfig, output: &Path, samples: usize) -> u64 {
-    let all = config.shards.sample_bytes().saturating_mul(samples as u64);
-    let shards = samples.div_ceil(config.shards.shard_samples.max(1));
-    let mine = (0..shards).filter(|&index| config.part.is_none_or(|part| part.owns(index)));
-    let (mine, there) = mine.fold((0u64, 0u64), |(mine, there), index| {
-        (mine + 1, there + fs::metadata(output.join(shard_file_name(index))).map_or(0, |found| found.len()))
-    });
-    let share = u128::from(all) * u128::from(mine) / shards.max(1) as u128;
-    u64::try_from(share).unwrap_or(u64::MAX).saturating_sub(there)
+/// What the shards that are not there yet will take, when a sample takes `sample_bytes`.
+pub(crate) fn bytes_to_write(config: &PackConfig, output: &Path, samples: usize, sample_bytes: u64) -> u64 {
+    let each = config.shards.shard_samples.max(1);
+    let is_missing =
+        |index: usize| config.part.is_none_or(|part| part.owns(index)) && !output.join(shard_file_name(index)).exists();
+    let missing = (0..samples.div_ceil(each)).filter(|&index| is_missing(index));
+    let listed: usize = missing.map(|index| each.min(samples - index * each)).sum();
+    sample_bytes.saturating_mul(listed as u64)
 }
 
 /// What is remembered of a complete shard until the work is done.
@@ -290,8 +285,7 @@ impl Job<'_> {
     }
 
     fn make(&self, sample: &Sample, worker: &mut Worker, views: &mut SampleViews) -> Result<(), String> {
-        let made =
-            make_views(&self.listing.path_of(sample), sample.id, self.config.seed, &self.config.shards, worker, views);
+        let made = make_views(self.listing, sample, self.config.seed, &self.config.shards, worker, views);
         worker.end_picture();
         made
     }
@@ -347,30 +341,18 @@ impl Job<'_> {
                 row += 1;
                 continue;
             }
-            if let Some(reject) = known.iter().find(|reject| !stored && reject.path == sample.path) {
+            if let Some(reject) = known.iter().find(|reject| !stored && reject.path == *sample.name) {
                 rejects.push(reject.clone());
                 continue;
             }
             match self.make(sample, worker, &mut views) {
-                Ok(()) if stored && self.equals(&shard, row, &views)? => row += 1,
+                Ok(()) if stored && shard.holds(row, &views)? => row += 1,
                 Ok(()) => return Ok(None),
                 Err(_) if stored => return Ok(None),
-                Err(reason) => rejects.push(Reject { path: sample.path.clone(), reason }),
+                Err(reason) => rejects.push(Reject { path: sample.name.to_string(), reason }),
             }
         }
         Ok((row == shard.len()).then_some(rejects))
-    }
-
-    fn equals(&self, shard: &Shard, row: usize, views: &SampleViews) -> Result<bool> {
-        let size = self.config.shards.size * self.config.shards.size * 3;
-        for (view, pixels) in views.pixels.chunks_exact(size).enumerate() {
-            let params = shard.view_params(row, view)?;
-            let drawn = &views.params[view * params.len()..][..params.len()];
-            if shard.view(row, view)? != pixels || params != *drawn {
-                return Ok(false);
-            }
-        }
-        Ok(true)
     }
 
     /// Makes the shards that are not there.
@@ -385,7 +367,7 @@ impl Job<'_> {
         let limit = config.max_rejects.of(self.samples.len());
         let pool: Mutex<Vec<SampleViews>> = Mutex::new(Vec::new());
         let pool = || pool.lock().unwrap_or_else(PoisonError::into_inner);
-        let sample_bytes = config.shards.views * config.shards.size * config.shards.size * 3;
+        let sample_bytes = usize::try_from(config.shards.sample_bytes()).unwrap_or(usize::MAX);
         let window = (WAITING_BYTES / sample_bytes.max(1)).clamp(config.threads + 1, config.threads * 16);
         let budget = MemoryBudget::of_threads(config.threads);
         let worker = || Worker::new(config.level, budget.clone());
@@ -416,12 +398,12 @@ impl Job<'_> {
                 };
                 match result {
                     Ok(views) => {
-                        writer.push(sample.id, sample.label, &views.pixels, &views.params)?;
+                        writer.push_sample(sample.id, sample.label, &views)?;
                         pool().push(views);
                     }
                     Err(reason) => {
-                        progress.note(&format!("rejected `{}`: {reason}", sample.path));
-                        rejects.push(Reject { path: sample.path.clone(), reason });
+                        progress.note(&format!("rejected `{}`: {reason}", sample.name));
+                        rejects.push(Reject { path: sample.name.to_string(), reason });
                     }
                 }
                 progress.inc(1);
@@ -447,8 +429,7 @@ impl Job<'_> {
     }
 
     fn create_shard(&self, index: usize) -> Result<ShardWriter> {
-        let shards = &self.config.shards;
-        ShardWriter::create(self.shard_path(index), self.listed_in(index), shards.views, shards.size, shards.size)
+        ShardWriter::with_layout(self.shard_path(index), self.listed_in(index), &self.details)
     }
 
     /// Stops when there are more rejects than allowed. A part counts its own ones only: `finish` counts them all.

@@ -77,7 +77,7 @@ fn wrong_usage_exits_with_2() -> Outcome {
         (&["--recipe", "mocov2"], "neither one of"),
         (&["--recipe", "moco-v2", "--views", "0"], "at least 1"),
         (&["--recipe", "eval-center", "--views", "2"], "no chance"),
-        (&["--recipe", "moco-v2", "--store", "source"], "possible values"),
+        (&["--recipe", "moco-v2", "--store", "pixels"], "possible values"),
         (&["--recipe", "moco-v2", "--max-rejects", "some"], "neither a number"),
         (&["--config", &toml], "viewz"),
         (&["--recipe", "moco-v2", "--part", "5/4"], "numbered from 1/4 to 4/4"),

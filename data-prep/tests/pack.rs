@@ -9,6 +9,7 @@ use data_prep::args::{InspectArgs, PackOptions, VerifyArgs};
 use data_prep::inspect::inspect;
 use data_prep::pack::{Reject, pack};
 use data_prep::plan::plan;
+use data_prep::source::SourceOptions;
 use data_prep::verify::{shard_config, verify};
 use fixtures::{Outcome, config, contents, copy, cut, photos};
 use shared::io::{write_atomic, write_json};
@@ -23,7 +24,15 @@ fn rejects(directory: &Path) -> Vec<Reject> {
 }
 
 fn verify_args(shards: &Path, source: Option<&Path>) -> VerifyArgs {
-    VerifyArgs { shards: shards.into(), source: source.map(Into::into), samples: 100, quiet: true, json: false }
+    let options = SourceOptions::default();
+    VerifyArgs {
+        shards: shards.into(),
+        source: source.map(Into::into),
+        options,
+        samples: 100,
+        quiet: true,
+        json: false,
+    }
 }
 
 /// Turns a finished set into what a killed run leaves: no manifest, no rejects, half a file, and without the named shards.
@@ -344,15 +353,38 @@ fn contact_sheet_has_a_row_for_each_sample() -> Outcome {
     let (input, output, grid) = (root.path().join("in"), root.path().join("out"), root.path().join("grid.png"));
     photos(&input, &[("a", 5), ("b", 2)])?;
     pack(&config(&input, &output, |o| o.views = Some(3)))?;
-    let args = InspectArgs { shards: output.clone(), grid: Some(grid.clone()), samples: 4, views: 2, json: false };
+    let portrait = root.path().join("one.png");
+    let mut args = InspectArgs {
+        shards: output.clone(),
+        grid: Some(grid.clone()),
+        samples: 4,
+        views: 2,
+        sample: Some("b/001.jpg".into()),
+        picture: Some(portrait.clone()),
+        json: false,
+    };
     let description = inspect(&args)?;
     assert_eq!(description.classes, [("a".to_string(), 5), ("b".to_string(), 2)]);
-    let sheet = decode::read(&grid)?;
-    assert_eq!((sheet.height(), sheet.width()), (4 * 18 + 2, 2 * 18 + 2));
     let set = ShardSet::open(&output)?;
-    let first: Vec<u8> =
-        (0..16).flat_map(|y| sheet.pixels()[((2 + y) * sheet.width() + 2) * 3..][..48].to_vec()).collect();
-    assert!(first == set.pixels(0, 0)?);
+    let sample =
+        (0..set.len()).find(|&index| set.sample_id(index) == sample_id("b/001.jpg")).ok_or("no such sample")?;
+    for (path, rows, index) in [(&grid, 4, 0), (&portrait, 1, sample)] {
+        let sheet = decode::read(path)?;
+        let (row_px, column_px) = (16 + 4 * 14 + 8, 150 + 8);
+        assert_eq!((sheet.height(), sheet.width()), (rows * row_px + 8, 2 * column_px + 8));
+        for view in 0..2 {
+            let left = 8 + view * column_px;
+            let shown: Vec<u8> =
+                (22..38).flat_map(|y| sheet.pixels()[(y * sheet.width() + left) * 3..][..48].to_vec()).collect();
+            assert!(shown == set.pixels(index, view)?, "view {view} of {index}");
+        }
+    }
+    for (text, found) in [("0", true), ("b/no.jpg", false), ("7", false)] {
+        args.sample = Some(text.into());
+        assert_eq!(inspect(&args).map_err(|e| e.exit_status()).is_ok(), found, "{text}");
+    }
+    args.sample = Some(format!("{:016x}", set.sample_id(3)));
+    assert!(inspect(&args).is_ok());
     Ok(())
 }
 

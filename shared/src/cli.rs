@@ -10,6 +10,7 @@ use serde::de::DeserializeOwned;
 use crate::error::{Error, Fault, Result};
 use crate::ops::{Isa, force_isa, isa};
 use crate::progress::note;
+use crate::transforms::Level;
 
 /// Flags that every command which writes an output directory takes.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -51,7 +52,10 @@ impl ComputeArgs {
     /// # Errors
     /// As [`force_isa`].
     pub fn apply(self) -> Result<()> {
-        self.isa.map_or(Ok(()), force_isa)
+        let Some(isa) = self.isa else { return Ok(()) };
+        force_isa(isa)?;
+        Level::limit(isa);
+        Ok(())
     }
 }
 
