@@ -19,6 +19,9 @@ use crate::io::{FileEntry, hash_file, write_json};
 /// The file that marks a directory as finished.
 pub const MANIFEST_FILE: &str = "manifest.json";
 
+/// The file that marks a directory as being written in parts: see [`crate::output::PartDir`].
+pub(crate) const PARTS_FILE: &str = "parts.json";
+
 /// Version of the layouts of manifests and of the files they describe.
 pub const FORMAT_VERSION: u32 = 1;
 
@@ -195,7 +198,11 @@ impl Manifest {
         }
         let path = directory.join(MANIFEST_FILE);
         if !path.exists() {
-            let hint = format!("run the same `{}` command again to finish it", stage.name());
+            let hint = if directory.join(PARTS_FILE).exists() {
+                format!("write all its parts, then close it with `{} finish`", stage.name())
+            } else {
+                format!("run the same `{}` command again to finish it", stage.name())
+            };
             let what = "an unfinished or foreign directory: its manifest";
             return Err(Error::Missing { what, path, hint });
         }

@@ -9,7 +9,7 @@
 //! same bytes under the same names, so that costs time and nothing else.
 
 use std::fs::{self, File, TryLockError};
-use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
+use std::io::{self, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -101,8 +101,8 @@ impl Claim {
         let mut options = File::options();
         options.read(true).write(true).create(true).truncate(false);
         let file = options.open(path).map_err(Error::io("create", path))?;
-        if let Some(held) = judge(path, &file)? {
-            return Ok(Asked::Held(held));
+        if let Found::Held(holder) = judge(path, &file)? {
+            return Ok(Asked::Held(holder));
         }
         let record = serde_json::to_string(&Holder::this()).unwrap_or_default();
         write_whole(&file, &record).map_err(Error::io("write", path))?;
@@ -122,7 +122,10 @@ impl Claim {
     /// [`Error::Io`].
     pub(super) fn holder(path: &Path) -> Result<Option<Holder>> {
         match File::options().read(true).write(true).open(path) {
-            Ok(file) => Ok(judge(path, &file)?.flatten()),
+            Ok(file) => match judge(path, &file)? {
+                Found::Held(holder) => Ok(holder),
+                Found::Free => Ok(None),
+            },
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(Error::io("read", path)(error)),
         }
@@ -167,14 +170,18 @@ impl Beating {
     }
 }
 
-/// None when the claim is free, and then locked by this process where locks work; otherwise its holder, if that is known.
-fn judge(path: &Path, mut file: &File) -> Result<Option<Option<Holder>>> {
+/// In what state a claim is.
+enum Found {
+    /// Nobody's; locked by this process now, where locks work.
+    Free,
+    /// Another one's; the record of that one where it could be read.
+    Held(Option<Holder>),
+}
+
+fn judge(path: &Path, file: &File) -> Result<Found> {
     let locked = lock_is_free(file.try_lock()).map_err(Error::io("lock", path))?;
-    let mut record = String::new();
-    file.seek(SeekFrom::Start(0)).map_err(Error::io("read", path))?;
-    // what is no text is no record
-    drop(file.read_to_string(&mut record));
-    let holder: Option<Holder> = serde_json::from_str(&record).ok();
+    let record = fs::read(path).map_err(Error::io("read", path))?;
+    let holder: Option<Holder> = serde_json::from_slice(&record).ok();
     let free = match (&holder, locked) {
         (_, Some(false)) => false,
         (Some(holder), locked) => !holder.is_alive(locked.is_some(), silent_for(path, file)?),
@@ -182,7 +189,7 @@ fn judge(path: &Path, mut file: &File) -> Result<Option<Option<Holder>>> {
         (None, None) if !record.is_empty() => silent_for(path, file)? >= LEASE,
         (None, _) => true,
     };
-    Ok((!free).then_some(holder))
+    Ok(if free { Found::Free } else { Found::Held(holder) })
 }
 
 /// Whether a lock was got; none where the file system has no locks.

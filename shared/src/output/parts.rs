@@ -24,9 +24,8 @@ use super::claim::{Asked, Claim, LEASE, lock_is_free};
 use super::{UNFINISHED_FILE, open_lock, read_unfinished, refuse_difference, refuse_foreign, remove_records};
 use crate::error::{Error, Fault, Result};
 use crate::io::{FileEntry, create_directory, remove_temporaries, remove_temporaries_of, write_json, write_new_json};
-use crate::manifest::{Identity, MANIFEST_FILE, Manifest, Stage};
+use crate::manifest::{Identity, MANIFEST_FILE, Manifest, PARTS_FILE, Stage};
 
-const PARTS_FILE: &str = "parts.json";
 const LARGEST_NUMBER: usize = 99_999;
 
 /// One of several parts of a work: part `number` of `of`, counted from 1.
@@ -536,6 +535,8 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         assert!(matches!(open(root.path()), Err(Error::Missing { .. })));
         write(root.path(), 2, 4);
+        let unfinished = Manifest::read(root.path(), Stage::DataPrep).unwrap_err();
+        assert!(unfinished.hint().unwrap().contains("`data-prep finish`"), "{unfinished}");
         let error = open(root.path()).unwrap_err();
         assert!(error.to_string().starts_with("parts 1, 3 and 4 of 4 are missing"), "{error}");
         write(root.path(), 1, 4);
