@@ -9,6 +9,7 @@ use data_prep::args::{InspectArgs, PackOptions, RedrawArgs, VerifyArgs};
 use data_prep::inspect::inspect;
 use data_prep::pack::pack;
 use data_prep::redraw::redraw;
+use data_prep::source::SourceOptions;
 use data_prep::verify::verify;
 use fixtures::{Outcome, config, contents, copy, cut, photos};
 use shared::cli::CommonArgs;
@@ -41,7 +42,14 @@ fn original(options: &mut PackOptions) {
 }
 
 fn verify_args(shards: &Path, source: Option<&Path>) -> VerifyArgs {
-    VerifyArgs { shards: shards.into(), source: source.map(Into::into), samples: 100, quiet: true, json: false }
+    VerifyArgs {
+        shards: shards.into(),
+        source: source.map(Into::into),
+        options: SourceOptions::default(),
+        samples: 100,
+        quiet: true,
+        json: false,
+    }
 }
 
 fn redraw_args(shards: &Path, recipe: &str, output: &Path) -> RedrawArgs {
@@ -183,7 +191,15 @@ fn one_source_set_gives_the_views_of_every_recipe() -> Outcome {
 
         assert_eq!(verify(&verify_args(&redrawn, Some(&input)))?.compared_samples, 11);
         let grid = root.path().join("grid.png");
-        let args = InspectArgs { shards: redrawn.clone(), grid: Some(grid.clone()), samples: 2, views: 1, json: false };
+        let args = InspectArgs {
+            shards: redrawn.clone(),
+            grid: Some(grid.clone()),
+            samples: 2,
+            views: 1,
+            sample: Some("0".into()),
+            picture: Some(root.path().join("one.png")),
+            json: false,
+        };
         let description = inspect(&args)?;
         assert_eq!((description.recipe.as_str(), description.store), (recipe, Store::Source));
         assert!(description.redraws.is_some() && description.bytes > 0 && grid.exists());
