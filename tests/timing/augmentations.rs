@@ -12,9 +12,11 @@ use std::time::Instant;
 
 use clap::Parser;
 use shared::cli::{print, run_main};
+use shared::transforms::crop::{CropBox, resize_short_side};
 use shared::transforms::decode::{decode, read};
 use shared::transforms::normalize::Normalization;
-use shared::transforms::{Level, Recipe, RgbImage, Scratch, View};
+use shared::transforms::resize::{Interpolation, Resize, ResizeScratch, crop_resize};
+use shared::transforms::{Level, PassOrder, Planes, Recipe, RgbImage, Scratch, View};
 use shared::{Error, Result};
 
 const SEED: u64 = 0;
@@ -54,6 +56,24 @@ impl Bench {
         }
         Ok(())
     }
+}
+
+/// The whole picture with its short side at [`SHORT_SIDE`], as `pack --store source` keeps it.
+fn shrink(image: &RgbImage) -> Result<RgbImage> {
+    let target = resize_short_side(image.height(), image.width(), SHORT_SIDE);
+    let resize = Resize {
+        crop: CropBox::whole(image.height(), image.width()),
+        target,
+        window: CropBox::whole(target.0, target.1),
+        flip: false,
+        order: PassOrder::default(),
+        interpolation: Interpolation::Bilinear,
+    };
+    let mut planes = Planes::default();
+    crop_resize(Level::best(), image, &resize, &mut ResizeScratch::default(), &mut planes);
+    let mut pixels = vec![0; target.0 * target.1 * 3];
+    planes.write_rgb(Level::best(), &mut pixels);
+    RgbImage::new(target.0, target.1, pixels)
 }
 
 fn main() -> ExitCode {
