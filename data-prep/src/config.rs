@@ -8,9 +8,11 @@ use std::str::FromStr;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use shared::cli::{CommonArgs, with_config_file};
-use shared::shard::ShardConfig;
+use shared::output::Part;
+use shared::shard::{Codec, DEFAULT_QUALITY, ShardConfig, Store, StoredJpeg};
 use shared::transforms::decode::DECODER;
-use shared::transforms::{PassOrder, Recipe};
+use shared::transforms::recipe::MAX_SIDE;
+use shared::transforms::{Level, PassOrder, Recipe};
 use shared::{Error, Result};
 
 use crate::args::PackOptions;
@@ -71,6 +73,18 @@ impl MaxRejects {
         }
     }
 
+    /// What `--max-rejects` says, or the default.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when it says neither a number nor a share.
+    pub(crate) fn resolve(flag: Option<&NumberOrText>) -> Result<Self> {
+        flag.map_or(Ok(Self::Percent(1.0)), |text| {
+            Self::parse(text).ok_or_else(|| {
+                Error::usage(format!("`--max-rejects {text}` is neither a number nor a share such as 1%"))
+            })
+        })
+    }
+
     fn parse(text: &NumberOrText) -> Option<Self> {
         match text {
             NumberOrText::Number(count) => Some(Self::Count(*count)),
@@ -103,15 +117,34 @@ pub struct PackConfig {
     pub quiet: bool,
     /// Whether to start again.
     pub overwrite: bool,
+    /// The part of the set to pack; none for all of it.
+    pub part: Option<Part>,
+    /// Instruction set of the pixel kernels; it changes no byte.
+    pub level: Level,
 }
 
 const DEFAULT_VIEWS: u32 = 4;
 const DEFAULT_SIZE: u32 = 224;
+/// A little more than the usual view, as most pipelines resize before they crop.
+pub(crate) const DEFAULT_SHORT_SIDE: usize = 256;
 const LARGEST_SIZE: u32 = 4096;
 const LARGEST_SAMPLE_BYTES: u64 = 1 << 32;
 const DEFAULT_SHARD_BYTES: u64 = 1 << 30;
 
 impl PackConfig {
+    /// The same request for one part of the set.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] together with `--overwrite`, which would delete what the other parts wrote.
+    pub fn for_part(self, part: Option<Part>) -> Result<Self> {
+        if part.is_some() && self.overwrite {
+            let message =
+                "`--overwrite` deletes the work of all parts: remove the directory before the first part starts";
+            return Err(Error::usage(message));
+        }
+        Ok(Self { part, ..self })
+    }
+
     /// Lays flags over the configuration file, fills in defaults and checks everything that can be checked without the images.
     ///
     /// # Errors
@@ -133,30 +166,23 @@ impl PackConfig {
             Some(PassOrderFlag::Horizontal) => recipe.pass_order = PassOrder::Horizontal,
             None => {}
         }
-        let views = options.views.unwrap_or(if recipe.is_random() { DEFAULT_VIEWS } else { 1 });
-        if views == 0 {
-            return Err(Error::usage("`--views` must be at least 1"));
-        }
-        if views > 1 && !recipe.is_random() {
-            return Err(Error::usage(format!(
-                "recipe `{name}` has no chance in it: {views} views would be equal, use `--views 1`"
-            )));
-        }
-        let size = options.size.unwrap_or(DEFAULT_SIZE);
-        if size == 0 || size > LARGEST_SIZE {
-            return Err(Error::usage(format!("`--size` must be 1 to {LARGEST_SIZE}, found {size}")));
-        }
+        let views = resolve_views(options.views, &recipe)?;
+        let size = resolve_size(options.size)?;
+        let (store, codec) = (options.store.unwrap_or_default(), options.codec.unwrap_or_default());
         let mut shards = ShardConfig {
             recipe,
             views: views as usize,
             size: size as usize,
-            store: options.store.unwrap_or_default(),
-            codec: options.codec.unwrap_or_default(),
+            store,
+            codec,
+            order: options.order.unwrap_or_default(),
             shard_samples: 1,
             decoder: DECODER.into(),
+            short_side: resolve_short_side(store, options.short_side.as_ref())?,
+            jpeg: resolve_jpeg(codec, options.quality)?,
         };
         let pixels = u64::from(views).saturating_mul(u64::from(size).pow(2) * 3);
-        if pixels > LARGEST_SAMPLE_BYTES {
+        if store == Store::Views && pixels > LARGEST_SAMPLE_BYTES {
             return Err(Error::usage(format!("{views} views of {size} x {size} pixels are too much for one sample")));
         }
         shards.shard_samples = match (options.shard_samples, &options.shard_bytes) {
@@ -172,11 +198,7 @@ impl PackConfig {
                 usize::try_from((bytes / shards.sample_bytes()).max(1)).unwrap_or(usize::MAX)
             }
         };
-        let max_rejects = options.max_rejects.as_ref().map_or(Ok(MaxRejects::Percent(1.0)), |text| {
-            MaxRejects::parse(text).ok_or_else(|| {
-                Error::usage(format!("`--max-rejects {text}` is neither a number nor a share such as 1%"))
-            })
-        })?;
+        let max_rejects = MaxRejects::resolve(options.max_rejects.as_ref())?;
         let all_cores = || std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Self {
             input,
@@ -188,7 +210,63 @@ impl PackConfig {
             threads: common.threads.map_or_else(all_cores, usize::from),
             quiet: common.quiet,
             overwrite: common.overwrite,
+            part: None,
+            level: Level::best(),
         })
+    }
+}
+
+/// How many views a recipe is asked for.
+pub(crate) fn resolve_views(asked: Option<u32>, recipe: &Recipe) -> Result<u32> {
+    let views = asked.unwrap_or(if recipe.is_random() { DEFAULT_VIEWS } else { 1 });
+    if views == 0 {
+        return Err(Error::usage("`--views` must be at least 1"));
+    }
+    if views > 1 && !recipe.is_random() {
+        return Err(Error::usage(format!(
+            "recipe `{}` has no chance in it: {views} views would be equal, use `--views 1`",
+            recipe.name
+        )));
+    }
+    Ok(views)
+}
+
+/// Which size views are asked to have.
+pub(crate) fn resolve_size(asked: Option<u32>) -> Result<u32> {
+    let size = asked.unwrap_or(DEFAULT_SIZE);
+    if size == 0 || size > LARGEST_SIZE {
+        return Err(Error::usage(format!("`--size` must be 1 to {LARGEST_SIZE}, found {size}")));
+    }
+    Ok(size)
+}
+
+fn resolve_short_side(store: Store, asked: Option<&NumberOrText>) -> Result<Option<usize>> {
+    let side = match asked {
+        Some(_) if store == Store::Views => {
+            return Err(Error::usage("`--short-side` is about stored source images: add `--store source`"));
+        }
+        None if store == Store::Views => return Ok(None),
+        None => DEFAULT_SHORT_SIDE,
+        Some(NumberOrText::Number(side)) => usize::try_from(*side).unwrap_or(usize::MAX),
+        Some(NumberOrText::Text(text)) if text == "original" => 0,
+        Some(other) => {
+            return Err(Error::usage(format!("`--short-side {other}` is neither a number of pixels nor `original`")));
+        }
+    };
+    if side > MAX_SIDE {
+        return Err(Error::usage(format!("`--short-side` must be at most {MAX_SIDE}, found {side}")));
+    }
+    Ok(Some(side))
+}
+
+fn resolve_jpeg(codec: Codec, asked: Option<u32>) -> Result<Option<StoredJpeg>> {
+    match (codec, asked) {
+        (Codec::Raw, Some(_)) => Err(Error::usage("`--quality` is about stored JPEGs: add `--codec jpeg`")),
+        (Codec::Raw, None) => Ok(None),
+        (Codec::Jpeg, asked) => match u8::try_from(asked.unwrap_or(DEFAULT_QUALITY.into())) {
+            Ok(quality @ 1..=100) => Ok(Some(StoredJpeg::new(quality))),
+            _ => Err(Error::usage(format!("`--quality` must be 1 to 100, found {}", asked.unwrap_or(0)))),
+        },
     }
 }
 
@@ -238,7 +316,13 @@ mod tests {
     #[test]
     fn senseless_values_are_usage_errors() {
         let text = |text: &str| Some(text.parse().unwrap());
-        let wrong: [&dyn Fn(&mut PackOptions); 12] = [
+        let wrong: [&dyn Fn(&mut PackOptions); 18] = [
+            &|o| o.short_side = text("100"),
+            &|o| (o.store, o.short_side) = (Some(Store::Source), text("half")),
+            &|o| (o.store, o.short_side) = (Some(Store::Source), text("99999999")),
+            &|o| o.quality = Some(80),
+            &|o| (o.codec, o.quality) = (Some(Codec::Jpeg), Some(0)),
+            &|o| (o.codec, o.quality) = (Some(Codec::Jpeg), Some(101)),
             &|o| o.input = None,
             &|o| o.recipe = None,
             &|o| o.recipe = Some("no-such".into()),

@@ -8,10 +8,10 @@ use serde::Serialize;
 use shared::manifest::MANIFEST_FILE;
 use shared::progress::Progress;
 use shared::rng::KeyedRng;
-use shared::shard::{Shard, ShardConfig, ShardSet};
+use shared::shard::{ShardConfig, ShardSet, Store, ViewReader, shard_file_name};
 use shared::space::human;
-use shared::transforms::ViewParams;
 use shared::transforms::decode::DECODER;
+use shared::transforms::{View, ViewParams};
 use shared::{Error, Fault, Result};
 
 use crate::args::VerifyArgs;
@@ -75,12 +75,13 @@ pub fn shard_config(set: &ShardSet) -> Result<ShardConfig> {
 pub fn verify(args: &VerifyArgs) -> Result<VerifySummary> {
     let set = ShardSet::open(&args.shards)?;
     let config = shard_config(&set)?;
-    let bytes = set.manifest().files.iter().map(|file| file.bytes).sum();
+    let bytes = set.files_manifest().files.iter().map(|file| file.bytes).sum();
     let progress = Progress::new("verify", "bytes", bytes, args.quiet);
-    set.manifest().verify_files(&args.shards, |bytes| progress.inc(bytes))?;
+    set.files_manifest().verify_files(set.files_directory(), |bytes| progress.inc(bytes))?;
     progress.finish();
     check_rejects(&set)?;
     check_samples(&set, &config)?;
+    check_pictures(&set, args.quiet)?;
     let compared_samples = match &args.source {
         Some(source) => compare_with_source(&set, &config, (source, &args.options), args.samples)?,
         None => 0,
@@ -96,14 +97,14 @@ pub fn verify(args: &VerifyArgs) -> Result<VerifySummary> {
 }
 
 fn check_rejects(set: &ShardSet) -> Result<()> {
-    let path = set.directory().join(REJECTS_FILE);
+    let path = set.files_directory().join(REJECTS_FILE);
     let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
     let rejects: Vec<Reject> = text
         .lines()
         .map(serde_json::from_str)
         .collect::<Result<_, _>>()
         .map_err(|e| Error::damaged(&path, Fault::Syntax(format!("not a list of rejects: {e}"))))?;
-    let (found, recorded) = (rejects.len() as u64, set.manifest().count("rejects"));
+    let (found, recorded) = (rejects.len() as u64, set.files_manifest().count("rejects"));
     if found == recorded {
         return Ok(());
     }
@@ -119,25 +120,40 @@ fn check_samples(set: &ShardSet, config: &ShardConfig) -> Result<()> {
     if let Some([id, ..]) = seen.windows(2).find(|pair| pair[0] == pair[1]) {
         return Err(Error::damaged(manifest, Fault::Value(format!("sample {id:016x} occurs twice"))));
     }
-    for (index, shard) in set.shards().iter().enumerate() {
-        check_rows(shard, config, seed)
-            .map_err(|fault| Error::damaged(set.directory().join(shared::shard::shard_file_name(index)), fault))?;
+    if config.store == Store::Source {
+        return Ok(());
+    }
+    let locals = config.recipe.local_views(config.views);
+    for (index, id) in (0..set.len()).map(|index| (index, set.sample_id(index))) {
+        for view in (0..config.views).map(View::Global).chain((0..locals).map(View::Local)) {
+            let (stored, shard) = (set.view_params(index, view)?, set.locate(index).0);
+            let fault = |fault| Error::damaged(set.directory().join(shard_file_name(shard)), fault);
+            let params = ViewParams::from_row(&stored).map_err(fault)?;
+            if draw_row(&config.recipe, seed, id, view, params.source) != stored {
+                let what = format!("{view:?} of sample {id:016x} has other parameters than its recipe draws");
+                return Err(fault(Fault::Value(what)));
+            }
+        }
     }
     Ok(())
 }
 
-fn check_rows(shard: &Shard, config: &ShardConfig, seed: u64) -> Result<(), Fault> {
-    for (row, &id) in shard.sample_ids().iter().enumerate() {
-        for view in 0..config.views {
-            let stored = shard.view_params(row, view).map_err(|e| Fault::Value(e.to_string()))?;
-            let params = ViewParams::from_row(&stored)?;
-            if draw_row(&config.recipe, seed, id, view, params.source) != stored {
-                return Err(Fault::Value(format!(
-                    "view {view} of sample {id:016x} has other parameters than its recipe draws"
-                )));
-            }
-        }
+/// Every JPEG can be decoded, and a view of every source image be drawn.
+fn check_pictures(set: &ShardSet, quiet: bool) -> Result<()> {
+    if !set.makes_views() {
+        return Ok(());
     }
+    let progress = Progress::new("decode", "samples", set.len() as u64, quiet);
+    let mut reader = ViewReader::default();
+    let drawn = if set.store() == Store::Source { set.views().min(1) } else { set.views() };
+    let locals = if set.store() == Store::Source { 0 } else { set.local_views() };
+    for index in 0..set.len() {
+        for view in (0..drawn).map(View::Global).chain((0..locals).map(View::Local)) {
+            reader.read(set, index, view)?;
+        }
+        progress.inc(1);
+    }
+    progress.finish();
     Ok(())
 }
 
@@ -165,7 +181,6 @@ fn compare_with_source(
     KeyedRng::new("verify", seed, &[]).shuffle(&mut chosen);
     chosen.truncate(samples);
     let (mut worker, mut views) = (Worker::default(), SampleViews::default());
-    let size = config.size * config.size * 3;
     for &index in &chosen {
         let (shard, row) = set.locate(index);
         let id = set.shards()[shard].sample_ids()[row];
@@ -182,10 +197,8 @@ fn compare_with_source(
         let pixels_of = || format!("image `{}`", sample.name);
         make_views(&listing, sample, seed, config, &mut worker, &mut views)
             .map_err(|reason| chain(pixels_of(), "the image that was packed", reason))?;
-        for (view, pixels) in views.pixels.chunks_exact(size).enumerate() {
-            if set.pixels(index, view)? != pixels {
-                return Err(chain(pixels_of(), "the pixels that were packed", format!("other pixels in view {view}")));
-            }
+        if let Some(what) = set.shards()[shard].difference(row, &views)? {
+            return Err(chain(pixels_of(), "the pixels that were packed", format!("other pixels in {what}")));
         }
     }
     Ok(chosen.len())

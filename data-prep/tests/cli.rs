@@ -4,8 +4,6 @@ mod fixtures;
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command as Process, Stdio};
-use std::time::{Duration, Instant};
 
 use assert_cmd::Command;
 use fixtures::{Outcome, contents, cut, photos};
@@ -43,7 +41,7 @@ fn untouched(path: &Path) -> bool {
 fn help_is_the_manual() {
     let help = run(&["--help"]);
     assert_eq!(help.status, 0);
-    for word in ["pack", "plan", "verify", "inspect", "EXIF", "rejects.jsonl", "Exit status"] {
+    for word in ["pack", "finish", "plan", "verify", "inspect", "EXIF", "rejects.jsonl", "Exit status"] {
         assert!(help.stdout.contains(word), "{word}");
     }
     let pack = run(&["pack", "--help"]).stdout;
@@ -52,6 +50,9 @@ fn help_is_the_manual() {
         "eval-center",
         "--shard-bytes",
         "--max-rejects",
+        "--part",
+        "--order",
+        "Memory:",
         "--config",
         "--overwrite",
         "[default: 224]",
@@ -77,14 +78,17 @@ fn wrong_usage_exits_with_2() -> Outcome {
     let toml = root.path().join("c.toml");
     shared::io::write_atomic(&toml, b"recipe = 'moco-v2'\nviewz = 3\n")?;
     let toml = text(&toml);
-    let cases: [(&[&str], &str); 7] = [
+    let cases: [(&[&str], &str); 10] = [
         (&[], "`--recipe` is required"),
         (&["--recipe", "mocov2"], "neither one of"),
         (&["--recipe", "moco-v2", "--views", "0"], "at least 1"),
         (&["--recipe", "eval-center", "--views", "2"], "no chance"),
-        (&["--recipe", "moco-v2", "--store", "source"], "possible values"),
+        (&["--recipe", "moco-v2", "--store", "pixels"], "possible values"),
         (&["--recipe", "moco-v2", "--max-rejects", "some"], "neither a number"),
         (&["--config", &toml], "viewz"),
+        (&["--recipe", "moco-v2", "--part", "5/4"], "numbered from 1/4 to 4/4"),
+        (&["--recipe", "moco-v2", "--part", "2"], "not a part such as 2/4"),
+        (&["--recipe", "moco-v2", "--part", "1/2", "--overwrite"], "work of all parts"),
     ];
     for (more, sentence) in cases {
         let ran = run(&[&base[..], more].concat());
@@ -218,36 +222,5 @@ fn foreign_directory_is_refused() -> Outcome {
     let ran = run(&[&pack_args(&text(&input), &text(&input))[..], &["--overwrite"]].concat());
     assert!(ran.status == 1 && ran.stderr.contains("was not written by"), "{}", ran.stderr);
     assert!(input.join("a/000.jpg").exists());
-    Ok(())
-}
-
-#[test]
-fn killed_run_resumes_to_the_same_bytes() -> Outcome {
-    let root = tempfile::tempdir()?;
-    let (input, straight, killed) = (root.path().join("in"), root.path().join("straight"), root.path().join("killed"));
-    photos(&input, &[("a", 20), ("b", 20)])?;
-    let size = ["--size", "224", "--views", "6", "--shard-samples", "2", "--recipe", "moco-v2", "--quiet"];
-    let (input, straight_text, killed_text) = (text(&input), text(&straight), text(&killed));
-    let args = |output| [&["pack", "--input", &input, "--output", output][..], &size].concat();
-    assert_eq!(run(&args(&straight_text)).status, 0);
-    let mut kept = 0;
-    for first in ["shard-00000.safetensors", "shard-00007.safetensors"] {
-        let binary = assert_cmd::cargo::cargo_bin("data-prep");
-        let mut child = Process::new(binary).args(args(&killed_text)).stderr(Stdio::null()).spawn()?;
-        let start = Instant::now();
-        while !killed.join(first).exists() && child.try_wait()?.is_none() {
-            assert!(start.elapsed() < Duration::from_mins(1), "no shard appeared");
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        child.kill()?;
-        child.wait()?;
-        kept += usize::from(!killed.join("manifest.json").exists());
-    }
-    assert!(kept > 0, "the run was over before it could be killed");
-    let ran = run(&[&args(&killed_text)[..], &["--json"]].concat());
-    assert_eq!(ran.status, 0, "{}", ran.stderr);
-    let summary: Value = serde_json::from_str(&ran.stdout)?;
-    assert!(summary["kept-shards"].as_u64() > Some(0) || summary["already-finished"] == true, "{summary}");
-    assert!(contents(&straight)? == contents(&killed)?);
     Ok(())
 }

@@ -14,8 +14,8 @@ use data_prep::verify::{shard_config, verify};
 use fixtures::{Outcome, config, contents, copy, cut, photos};
 use shared::io::{write_atomic, write_json};
 use shared::manifest::{MANIFEST_FILE, Manifest, Stage};
-use shared::shard::{ShardSet, sample_id};
-use shared::transforms::{Scratch, View, ViewParams, decode};
+use shared::shard::{PackingOrder, ShardSet, sample_id};
+use shared::transforms::{Level, Scratch, View, ViewParams, decode};
 use shared::{Error, Fault};
 
 fn rejects(directory: &Path) -> Vec<Reject> {
@@ -49,20 +49,24 @@ fn interrupt(directory: &Path, lost: &[&str]) -> Outcome {
 }
 
 #[test]
-fn threads_do_not_change_a_byte() -> Outcome {
+fn threads_and_instruction_sets_do_not_change_a_byte() -> Outcome {
     let root = tempfile::tempdir()?;
     photos(&root.path().join("in"), &[("cat", 5), ("dog", 6)])?;
     cut(&root.path().join("in/dog/001.jpg"))?;
     let mut all = Vec::new();
-    for threads in [1, 2, 5] {
-        let output = root.path().join(format!("out-{threads}"));
+    let levels = Level::available();
+    for (run, threads) in [1, 2, 4].into_iter().chain(levels.iter().map(|_| 2)).enumerate() {
+        let output = root.path().join(format!("out-{run}"));
         let mut config = config(&root.path().join("in"), &output, |_| ());
         config.threads = threads;
+        if let Some(&level) = run.checked_sub(3).and_then(|level| levels.get(level)) {
+            config.level = level;
+        }
         let summary = pack(&config)?;
         assert_eq!((summary.samples, summary.rejects, summary.shards), (10, 1, 4));
         all.push(contents(&output)?);
     }
-    assert!(all[0] == all[1] && all[1] == all[2]);
+    assert!(all.iter().all(|files| *files == all[0]));
     assert!(all[0].keys().any(|name| name == "shard-00003.safetensors"), "{:?}", all[0].keys());
     Ok(())
 }
@@ -196,6 +200,53 @@ fn broken_images_are_named_and_the_rest_is_packed() -> Outcome {
 }
 
 #[test]
+fn rejects_of_a_kept_shard_are_remembered_and_counted() -> Outcome {
+    let root = tempfile::tempdir()?;
+    let (input, output) = (root.path().join("in"), root.path().join("out"));
+    photos(&input, &[("a", 6)])?;
+    cut(&input.join("a/001.jpg"))?;
+    let shard = "shard-00000.safetensors";
+    let one_shard = |o: &mut PackOptions| o.shard_samples = Some(6);
+    pack(&config(&input, &output, one_shard))?;
+    let file = Manifest::read(&output, Stage::DataPrep)?.files.into_iter().find(|file| file.path == shard);
+    interrupt(&output, &[])?;
+    // a reason that decoding would never give: the picture was not decoded again
+    let reject = Reject { path: "a/001.jpg".into(), reason: "remembered".into() };
+    write_json(output.join(format!(".{shard}.json")), &serde_json::json!({"file": file, "rejects": [&reject]}))?;
+    let none = |o: &mut PackOptions| (o.shard_samples, o.max_rejects) = (Some(6), Some("0".parse().unwrap()));
+    let error = pack(&config(&input, &output, none)).unwrap_err();
+    assert!(error.to_string().contains("1 of 6 images cannot be used, at most 0 may be"), "{error}");
+    let summary = pack(&config(&input, &output, one_shard))?;
+    assert_eq!((summary.kept_shards, summary.rejects), (1, 1));
+    assert_eq!(rejects(&output), [reject]);
+    assert!(!output.join(format!(".{shard}.json")).exists());
+    Ok(())
+}
+
+#[test]
+fn quasi_random_order_packs_the_same_samples_otherwise() -> Outcome {
+    let root = tempfile::tempdir()?;
+    let (input, random, quasi) = (root.path().join("in"), root.path().join("random"), root.path().join("quasi"));
+    photos(&input, &[("a", 9), ("b", 8)])?;
+    let change = |o: &mut PackOptions| o.order = Some(PackingOrder::Quasi);
+    pack(&config(&input, &random, |_| ()))?;
+    pack(&config(&input, &quasi, change))?;
+    let ids = |path: &Path| -> Outcome<Vec<u64>> {
+        let set = ShardSet::open(path)?;
+        Ok((0..set.len()).map(|index| set.sample_id(index)).collect())
+    };
+    let (mut a, mut b) = (ids(&random)?, ids(&quasi)?);
+    assert_ne!(a, b);
+    a.sort_unstable();
+    b.sort_unstable();
+    assert_eq!(a, b);
+    verify(&verify_args(&quasi, Some(&input)))?;
+    let error = pack(&config(&input, &random, change)).unwrap_err();
+    assert!(matches!(&error, Error::Chain { what, .. } if what == "`order`"), "{error}");
+    Ok(())
+}
+
+#[test]
 fn sound_folder_has_an_empty_list_of_rejects() -> Outcome {
     let root = tempfile::tempdir()?;
     let (input, output) = (root.path().join("in"), root.path().join("out"));
@@ -302,15 +353,38 @@ fn contact_sheet_has_a_row_for_each_sample() -> Outcome {
     let (input, output, grid) = (root.path().join("in"), root.path().join("out"), root.path().join("grid.png"));
     photos(&input, &[("a", 5), ("b", 2)])?;
     pack(&config(&input, &output, |o| o.views = Some(3)))?;
-    let args = InspectArgs { shards: output.clone(), grid: Some(grid.clone()), samples: 4, views: 2, json: false };
+    let portrait = root.path().join("one.png");
+    let mut args = InspectArgs {
+        shards: output.clone(),
+        grid: Some(grid.clone()),
+        samples: 4,
+        views: 2,
+        sample: Some("b/001.jpg".into()),
+        picture: Some(portrait.clone()),
+        json: false,
+    };
     let description = inspect(&args)?;
     assert_eq!(description.classes, [("a".to_string(), 5), ("b".to_string(), 2)]);
-    let sheet = decode::read(&grid)?;
-    assert_eq!((sheet.height(), sheet.width()), (4 * 18 + 2, 2 * 18 + 2));
     let set = ShardSet::open(&output)?;
-    let first: Vec<u8> =
-        (0..16).flat_map(|y| sheet.pixels()[((2 + y) * sheet.width() + 2) * 3..][..48].to_vec()).collect();
-    assert!(first == set.pixels(0, 0)?);
+    let sample =
+        (0..set.len()).find(|&index| set.sample_id(index) == sample_id("b/001.jpg")).ok_or("no such sample")?;
+    for (path, rows, index) in [(&grid, 4, 0), (&portrait, 1, sample)] {
+        let sheet = decode::read(path)?;
+        let (row_px, column_px) = (16 + 4 * 14 + 8, 150 + 8);
+        assert_eq!((sheet.height(), sheet.width()), (rows * row_px + 8, 2 * column_px + 8));
+        for view in 0..2 {
+            let left = 8 + view * column_px;
+            let shown: Vec<u8> =
+                (22..38).flat_map(|y| sheet.pixels()[(y * sheet.width() + left) * 3..][..48].to_vec()).collect();
+            assert!(shown == set.pixels(index, view)?, "view {view} of {index}");
+        }
+    }
+    for (text, found) in [("0", true), ("b/no.jpg", false), ("7", false)] {
+        args.sample = Some(text.into());
+        assert_eq!(inspect(&args).map_err(|e| e.exit_status()).is_ok(), found, "{text}");
+    }
+    args.sample = Some(format!("{:016x}", set.sample_id(3)));
+    assert!(inspect(&args).is_ok());
     Ok(())
 }
 

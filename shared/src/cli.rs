@@ -10,6 +10,7 @@ use serde::de::DeserializeOwned;
 use crate::error::{Error, Fault, Result};
 use crate::ops::{Isa, force_isa, isa};
 use crate::progress::note;
+use crate::transforms::Level;
 
 /// Flags that every command which writes an output directory takes.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -51,7 +52,10 @@ impl ComputeArgs {
     /// # Errors
     /// As [`force_isa`].
     pub fn apply(self) -> Result<()> {
-        self.isa.map_or(Ok(()), force_isa)
+        let Some(isa) = self.isa else { return Ok(()) };
+        force_isa(isa)?;
+        Level::limit(isa);
+        Ok(())
     }
 }
 
@@ -65,6 +69,7 @@ pub fn note_cpu() {
 ///
 /// An error is one line on standard error, with its advice on a second line.
 pub fn run_main(command: impl FnOnce() -> Result<()>) -> ExitCode {
+    survive_file_size_limit();
     match command() {
         Ok(()) => ExitCode::SUCCESS,
         Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
@@ -75,6 +80,17 @@ pub fn run_main(command: impl FnOnce() -> Result<()>) -> ExitCode {
             }
             ExitCode::from(error.exit_status())
         }
+    }
+}
+
+/// Makes a file that grows over the limit of `ulimit -f` an error of writing, with a sentence, as a full disk is; by default it
+/// ends the process.
+fn survive_file_size_limit() {
+    #[cfg(unix)]
+    {
+        let unread = std::sync::Arc::default();
+        // without the handler the process ends as it would have
+        drop(signal_hook::flag::register(libc::SIGXFSZ, unread));
     }
 }
 

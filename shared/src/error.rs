@@ -188,6 +188,13 @@ impl Error {
             Self::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
                 Some("free some disk space and run the same command again: finished files are kept".into())
             }
+            Self::Io { source, .. }
+                if matches!(source.kind(), io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge) =>
+            {
+                let advice =
+                    "raise the limit (`quota`, `ulimit -f`) and run the same command again: finished files are kept";
+                Some(advice.into())
+            }
             Self::Locked { .. } => Some("wait for it to end, or choose another `--output`".into()),
             Self::Foreign { .. } => Some("choose an empty or new directory as `--output`".into()),
             _ => None,

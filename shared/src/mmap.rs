@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "mapping a file is unsafe; this module holds the whole argument")]
 
 use std::fs::File;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
@@ -42,6 +42,19 @@ impl MappedFile {
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// Asks the system to read a range of the file ahead of its use. That is advice: nothing depends on it being taken.
+    ///
+    /// # Panics
+    /// When the range does not lie inside the file.
+    pub fn will_need(&self, range: Range<usize>) {
+        assert!(range.start <= range.end && range.end <= self.map.len(), "{range:?} lies outside the file");
+        #[cfg(unix)]
+        if !range.is_empty() {
+            // A system that cannot take the advice reads the pages when they are touched.
+            self.map.advise_range(memmap2::Advice::WillNeed, range.start, range.len()).ok();
+        }
+    }
 }
 
 impl Deref for MappedFile {
@@ -64,6 +77,18 @@ mod tests {
         assert_eq!(&*MappedFile::open(&path).unwrap(), b"abc");
         crate::io::write_atomic(&path, b"").unwrap();
         assert_eq!(MappedFile::open(&path).unwrap().len(), 0);
+    }
+
+    #[test]
+    fn advice_changes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        crate::io::write_atomic(&path, &[7; 10_000]).unwrap();
+        let map = MappedFile::open(&path).unwrap();
+        for range in [0..0, 0..10_000, 5000..5001, 10_000..10_000] {
+            map.will_need(range);
+        }
+        assert_eq!(&*map, [7; 10_000]);
     }
 
     #[test]

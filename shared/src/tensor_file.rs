@@ -15,14 +15,14 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, Metadata};
 
 use crate::error::{Error, Fault, Result};
-use crate::io::{AtomicFile, FileEntry};
+use crate::io::{AtomicFile, FileEntry, HEADER_BYTES, HeaderLastFile, Spool};
 use crate::mmap::MappedFile;
 
 #[cfg(target_endian = "big")]
 compile_error!("safetensors data is little-endian and read in place: big-endian machines are not supported");
 
 /// Alignment of the tensor that matters in a written file: a page.
-pub const DATA_ALIGNMENT: usize = 4096;
+pub const DATA_ALIGNMENT: usize = HEADER_BYTES;
 
 /// Bytes before the header: its length.
 const HEADER_LENGTH_BYTES: usize = 8;
@@ -150,6 +150,19 @@ impl TensorFile {
         let (begin, end) = self.info(name)?.data_offsets;
         // The header was checked against the file's length when it was opened.
         Ok(&self.map[self.data_start + begin..self.data_start + end])
+    }
+
+    /// Asks the system to read a part of a tensor ahead of its use; `range` counts the tensor's bytes.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] with [`Fault::MissingTensor`].
+    ///
+    /// # Panics
+    /// When the range does not lie inside the file.
+    pub fn will_need(&self, name: &str, range: std::ops::Range<usize>) -> Result<()> {
+        let start = self.data_start + self.info(name)?.data_offsets.0;
+        self.map.will_need(start + range.start..start + range.end);
+        Ok(())
     }
 
     /// A copy of a tensor for computing, in its own element type.
@@ -286,11 +299,57 @@ impl TensorFileWriter {
     }
 }
 
-impl TensorFileWriter {
-    /// Like [`TensorFileWriter::finish`], under another name.
-    pub(crate) fn finish_as(mut self, path: &Path) -> Result<FileEntry> {
-        self.file.rename(path);
-        self.finish()
+/// Writes a tensor file whose shapes are known only when its data was written. The first tensor starts on a page.
+#[derive(Debug)]
+pub struct GrowingTensorFile {
+    file: HeaderLastFile,
+    path: PathBuf,
+    written: usize,
+}
+
+impl GrowingTensorFile {
+    /// Starts a file.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn create(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref().to_path_buf();
+        Ok(Self { file: HeaderLastFile::create(&path)?, path, written: 0 })
+    }
+
+    /// Appends elements; the caller knows to which tensor they belong.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn append<T: Element>(&mut self, elements: &[T]) -> Result<()> {
+        let bytes: &[u8] = bytemuck::cast_slice(elements);
+        self.file.append(bytes)?;
+        self.written += bytes.len();
+        Ok(())
+    }
+
+    /// Appends all that was set aside.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn append_spool(&mut self, spool: Spool) -> Result<()> {
+        spool.replay(|bytes| self.append(bytes))
+    }
+
+    /// Writes the header, syncs the file and gives it its name. `specs` come in the order in which their data was written.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Invalid`] when the data has another length than the specs, or they do not fit the header.
+    pub fn finish(self, specs: &[TensorSpec]) -> Result<FileEntry> {
+        let wrong = |what: String| Error::invalid(format!("writing `{}`: {what}", self.path.display()), "");
+        let announced = specs.iter().map(TensorSpec::bytes).sum::<usize>();
+        if announced != self.written {
+            return Err(wrong(format!("{} bytes were written, {announced} belong to the tensors", self.written)));
+        }
+        let header = header(specs, 0, &BTreeMap::new());
+        let header = <&[u8; HEADER_BYTES]>::try_from(&header[..])
+            .map_err(|e| wrong(format!("{} tensors do not fit the header: {e}", specs.len())))?;
+        self.file.commit(header)
     }
 }
 
@@ -448,6 +507,32 @@ mod tests {
             crate::io::write_atomic(&path, &changed).unwrap();
             assert!(matches!(fault_of(&path), Fault::Syntax(_)), "{name}");
         }
+    }
+
+    #[test]
+    fn a_file_that_grew_equals_one_of_announced_shapes() {
+        let dir = tempfile::tempdir().unwrap();
+        for rows in [0, 1, 3000] {
+            let specs = [TensorSpec::new("bytes", Dtype::U8, &[rows, 3]), TensorSpec::new("ids", Dtype::U64, &[rows])];
+            let (bytes, ids) = (vec![7u8; rows * 3], vec![9u64; rows]);
+            let mut announced =
+                TensorFileWriter::create(dir.path().join("a"), specs.to_vec(), 0, &BTreeMap::new()).unwrap();
+            let mut grown = GrowingTensorFile::create(dir.path().join("b")).unwrap();
+            let mut spool = Spool::beside(dir.path()).unwrap();
+            announced.append(&bytes).unwrap();
+            announced.append(&ids).unwrap();
+            spool.append(bytemuck::cast_slice(&ids)).unwrap();
+            grown.append(&bytes).unwrap();
+            grown.append_spool(spool).unwrap();
+            let (a, b) = (announced.finish().unwrap(), grown.finish(&specs).unwrap());
+            assert_eq!((a.bytes, a.blake3), (b.bytes, b.blake3));
+        }
+        let mut short = GrowingTensorFile::create(dir.path().join("c")).unwrap();
+        short.append(&[1u8]).unwrap();
+        assert!(short.finish(&[TensorSpec::new("bytes", Dtype::U8, &[2])]).is_err());
+        let many: Vec<_> = (0..200).map(|i| TensorSpec::new(format!("t{i}"), Dtype::U8, &[0])).collect();
+        assert!(GrowingTensorFile::create(dir.path().join("c")).unwrap().finish(&many).is_err());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
     }
 
     #[test]

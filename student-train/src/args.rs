@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
 use shared::cli::{CommonArgs, ComputeArgs};
+use shared::data_loader::Order;
 use shared::models::Arch;
 
 /// Trains small vision models without labels, alone or under a teacher
@@ -147,6 +148,14 @@ pub struct Options {
     #[arg(long, value_name = "X", help_heading = "Optimisation")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weight_decay: Option<f64>,
+
+    /// Order in which an epoch takes the samples [default: random]
+    ///
+    /// quasi reads runs of 64 neighbouring samples and shuffles within 16 of them, so that a disk reads long stretches once an
+    /// epoch: for shard sets larger than memory. Shards are packed in random order, so neighbours have nothing in common.
+    #[arg(long, value_name = "ORDER", help_heading = "Optimisation")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub order: Option<Order>,
 
     /// Seed of everything random [default: 0]
     #[arg(long, value_name = "N", help_heading = "Optimisation")]

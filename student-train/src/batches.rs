@@ -4,15 +4,16 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use rayon::ThreadPool;
 use shared::Result;
-use shared::data_loader::{EpochSampler, Prefetcher, ViewSchedule, embedding_batch, normalized_batch};
+use shared::data_loader::{EpochSampler, Order, Prefetcher, ViewSchedule, embedding_batch, normalized_batch};
 use shared::embedding::EmbeddingSet;
 use shared::shard::ShardSet;
 use shared::transforms::normalize::Normalization;
 
 use crate::step::Batch;
 
-/// Threads that make batches; one normalises several hundred views of 224 x 224 a second.
+/// Threads that make batches; one normalises several thousand plain views of 224 x 224 a second.
 const WORKERS: usize = 2;
 /// Batches that wait, besides one in the hands of each worker: memory is bounded by their sum.
 const BATCHES_AHEAD: usize = 2;
@@ -24,6 +25,9 @@ pub struct Batches {
     embeddings: Option<EmbeddingSet>,
     sampler: EpochSampler,
     views: ViewSchedule,
+    /// Threads that decode or redraw the views of a batch, besides those that train: the system shares the cores between them, so
+    /// that no step waits behind an image. None for plain views.
+    makers: Option<ThreadPool>,
     /// The orders of the epochs that the workers are in.
     orders: Mutex<BTreeMap<u64, Arc<Vec<usize>>>>,
 }
@@ -32,11 +36,25 @@ impl Batches {
     /// The batches that a seed draws from a shard set.
     ///
     /// # Errors
-    /// [`shared::Error::Usage`] when the batch is larger than the set; [`shared::Error::Invalid`] when the set stores a single view.
-    pub fn new(shards: ShardSet, embeddings: Option<EmbeddingSet>, batch_size: usize, seed: u64) -> Result<Self> {
+    /// [`shared::Error::Usage`] when the batch is larger than the set; [`shared::Error::Invalid`] when the set stores a single view,
+    /// or the system refuses the threads that make views.
+    pub fn new(
+        shards: ShardSet,
+        embeddings: Option<EmbeddingSet>,
+        batch_size: usize,
+        seed: u64,
+        order: Order,
+    ) -> Result<Self> {
         let views = ViewSchedule::new(shards.views(), seed)?;
-        let sampler = EpochSampler::new(shards.len(), batch_size, seed)?;
-        Ok(Self { shards, embeddings, sampler, views, orders: Mutex::default() })
+        let sampler = EpochSampler::new(shards.len(), batch_size, seed)?.with_order(order);
+        let makers = shards.makes_views().then(|| {
+            rayon::ThreadPoolBuilder::new()
+                .num_threads(rayon::current_num_threads())
+                .thread_name(|index| format!("views-{index}"))
+                .build()
+                .map_err(|e| shared::Error::invalid(format!("cannot start threads that make views: {e}"), ""))
+        });
+        Ok(Self { shards, embeddings, sampler, views, makers: makers.transpose()?, orders: Mutex::default() })
     }
 
     /// Whole batches in an epoch.
@@ -54,22 +72,33 @@ impl Batches {
     /// # Errors
     /// [`shared::Error::Tensor`] when memory cannot become a tensor.
     pub fn batch(&self, step: u64) -> Result<Batch> {
-        let (epoch, position) = (step / self.steps_per_epoch(), step % self.steps_per_epoch());
-        let order = self.order(epoch);
-        let samples = self.sampler.batch(&order, position);
-        let sample_ids: Vec<u64> = samples.iter().map(|&index| self.shards.sample_id(index)).collect();
-        let pairs: Vec<[usize; 2]> = sample_ids.iter().map(|&id| self.views.pair(id, epoch)).collect();
-        let [query_rows, key_rows] =
-            [0, 1].map(|view| samples.iter().zip(&pairs).map(|(&index, pair)| (index, pair[view])).collect::<Vec<_>>());
+        let (sample_ids, [query_rows, key_rows]) = self.rows(step);
         let teacher = match &self.embeddings {
             Some(embeddings) => {
                 Some([embedding_batch(embeddings, &query_rows)?, embedding_batch(embeddings, &key_rows)?])
             }
             None => None,
         };
-        let query_view = normalized_batch(&self.shards, &query_rows, Normalization::Imagenet)?;
-        let key_view = normalized_batch(&self.shards, &key_rows, Normalization::Imagenet)?;
+        let views = |rows: &[(usize, usize)]| normalized_batch(&self.shards, rows, Normalization::Imagenet);
+        let both = || Ok::<_, shared::Error>((views(&query_rows)?, views(&key_rows)?));
+        let (query_view, key_view) = self.makers.as_ref().map_or_else(both, |makers| makers.install(both))?;
         Ok(Batch { step, sample_ids, query_view, key_view, teacher })
+    }
+
+    /// The samples of a step, and the view of each that is the query and the one that is the key.
+    fn rows(&self, step: u64) -> (Vec<u64>, [Vec<(usize, usize)>; 2]) {
+        let (epoch, position) = (step / self.steps_per_epoch(), step % self.steps_per_epoch());
+        let order = self.order(epoch);
+        let samples = self.sampler.batch(&order, position);
+        let sample_ids: Vec<u64> = samples.iter().map(|&index| self.shards.sample_id(index)).collect();
+        let pairs: Vec<[usize; 2]> = sample_ids.iter().map(|&id| self.views.pair(id, epoch)).collect();
+        let rows = [0, 1].map(|view| samples.iter().zip(&pairs).map(|(&index, pair)| (index, pair[view])).collect());
+        (sample_ids, rows)
+    }
+
+    /// Asks the disk for what a step is going to read.
+    fn will_need(&self, step: u64) -> Result<()> {
+        self.rows(step).1.iter().try_for_each(|rows| self.shards.will_need(rows))
     }
 
     /// Makes the batches of a range of steps on threads of their own.
@@ -78,7 +107,15 @@ impl Batches {
     /// [`shared::Error::Invalid`] when the system refuses the threads.
     pub fn prefetch(self: &Arc<Self>, steps: Range<u64>) -> Result<Prefetcher<Batch>> {
         let batches = Arc::clone(self);
-        Prefetcher::new(WORKERS, BATCHES_AHEAD, steps, move |step| batches.batch(step))
+        let end = steps.end;
+        Prefetcher::new(WORKERS, BATCHES_AHEAD, steps, move |step| {
+            // The disk works on what this thread does next while it makes this batch.
+            let next = step + WORKERS as u64;
+            if next < end {
+                batches.will_need(next)?;
+            }
+            batches.batch(step)
+        })
     }
 
     fn order(&self, epoch: u64) -> Arc<Vec<usize>> {

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use serde::Serialize;
+use shared::data_loader::Order;
 use shared::models::{Arch, HeadConfig};
 use shared::run::Objective;
 use shared::{Error, Result};
@@ -56,8 +57,16 @@ pub struct Config {
     /// Whether the head comes from the weights that the run starts from.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub init_head: bool,
+    /// In which an epoch takes the samples; not named when it is the usual one.
+    #[serde(skip_serializing_if = "is_random")]
+    pub order: Order,
     /// Of everything random.
     pub seed: u64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_random(order: &Order) -> bool {
+    *order == Order::Random
 }
 
 /// What a run is made from and how it is carried out; no byte of the result depends on the latter.
@@ -154,6 +163,7 @@ impl Config {
             embedding_dim: embedding_dim(options.embedding_dim, teacher_dim)?,
             distill_weight,
             init_head: options.init_head.unwrap_or(false),
+            order: options.order.unwrap_or_default(),
             seed: options.seed.unwrap_or(0),
         };
         config.check()?;
@@ -285,10 +295,15 @@ mod tests {
 
     #[test]
     fn resolved_file_repeats_the_run() {
-        let options = Options { lr: Some(0.1 + 0.2), batch_size: Some(64), ..Options::default() };
-        let config = Config::new(Objective::Distill, &options, Some(16)).unwrap();
-        let read: Options = toml::from_str(&config.to_toml(false).unwrap()).unwrap();
-        assert_eq!(Config::new(Objective::Distill, &read, Some(16)).unwrap(), config);
+        for order in [None, Some(Order::Random), Some(Order::Quasi)] {
+            let options = Options { lr: Some(0.1 + 0.2), batch_size: Some(64), order, ..Options::default() };
+            let config = Config::new(Objective::Distill, &options, Some(16)).unwrap();
+            let text = config.to_toml(false).unwrap();
+            // Runs of the usual order go on whether it was named or not.
+            assert_eq!(text.contains("order"), order == Some(Order::Quasi));
+            let read: Options = toml::from_str(&text).unwrap();
+            assert_eq!(Config::new(Objective::Distill, &read, Some(16)).unwrap(), config);
+        }
     }
 
     #[test]

@@ -87,7 +87,7 @@ pub fn train(objective: Objective, options: &Options, plan: &Plan) -> Result<Out
     }
     let init = Init::find(plan, &config)?;
     inputs.extend(init.as_ref().map(|init| init.input().clone()));
-    let batches = Arc::new(Batches::new(shards, embeddings, config.batch_size, config.seed)?);
+    let batches = Arc::new(Batches::new(shards, embeddings, config.batch_size, config.seed, config.order)?);
     let identity = Identity::new(Stage::StudentTrain, &config, config.seed, inputs)?;
     let output = match OutputDir::begin(&plan.output, &identity, plan.overwrite)? {
         Begun::Finished(manifest) => return Ok(Outcome::AlreadyFinished(manifest)),

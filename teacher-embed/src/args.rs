@@ -46,7 +46,8 @@ pub enum Command {
     /// Check a finished embedding set
     ///
     /// Reads every file again and compares its hash with the manifest; checks that the set belongs to its shards, sample
-    /// for sample; and with `--weights` computes some rows again.
+    /// for sample; and with `--weights` computes some rows again and tells how well they agree. A set that was moved belongs
+    /// to any shard set of the same images, recipe and seed, wherever that was packed: name it by `--shards`.
     Verify(VerifyArgs),
 }
 
@@ -196,9 +197,13 @@ pub struct VerifyArgs {
     #[arg(long, value_name = "CKPT")]
     pub weights: Option<PathBuf>,
 
-    /// How many samples to compute again, spread evenly over the set
-    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
+    /// How many rows, each a view of a sample, to compute again; views of a source set are redrawn
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     pub sample: u32,
+
+    /// What draws these rows
+    #[arg(long, value_name = "SEED", default_value_t = 0)]
+    pub seed: u64,
 
     /// Number of worker threads [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]

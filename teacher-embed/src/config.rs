@@ -170,8 +170,10 @@ pub struct VerifyConfig {
     pub shards: Option<PathBuf>,
     /// The weights to compute rows with.
     pub weights: Option<PathBuf>,
-    /// How many samples to compute.
+    /// How many rows to compute.
     pub sample: usize,
+    /// What draws them.
+    pub seed: u64,
     /// Worker threads; none for all cores.
     pub threads: Option<u16>,
     /// Print the result as JSON.
@@ -194,6 +196,7 @@ impl VerifyConfig {
             shards: args.shards.clone(),
             weights: args.weights.clone(),
             sample: args.sample as usize,
+            seed: args.seed,
             threads: args.threads,
             json: args.json,
             quiet: args.quiet,

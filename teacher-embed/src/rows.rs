@@ -174,7 +174,11 @@ pub(crate) fn rows_of(
     compute: impl Fn(&Tensor) -> Result<Vec<f32>>,
 ) -> Result<Vec<f32>> {
     let mut values = Vec::new();
+    let mut ahead = rows.chunks(TEACHER_BATCH).skip(1);
     for batch in rows.chunks(TEACHER_BATCH) {
+        if let Some(next) = ahead.next() {
+            shards.will_need(next)?;
+        }
         values.extend(compute(&normalized_batch(shards, batch, normalization)?)?);
     }
     Ok(values)

@@ -1,5 +1,6 @@
 //! Checking a finished embedding set: its hashes, its shards, and some of its rows computed again.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::PathBuf;
 
@@ -9,6 +10,7 @@ use shared::embedding::{EmbeddingSet, PROJECTION_FILE, SHARDS_ROLE};
 use shared::manifest::{MANIFEST_FILE, Manifest, Stage};
 use shared::models::Arch;
 use shared::progress::Progress;
+use shared::rng::KeyedRng;
 use shared::shard::ShardSet;
 use shared::transforms::normalize::Normalization;
 use shared::weights::names::Method;
@@ -22,6 +24,9 @@ use crate::teacher::{Teacher, WEIGHTS_ROLE};
 
 /// Cosine distance that storing and grouping may cause: rounding to bf16 causes up to 0.000004.
 const TOLERANCE: f64 = 1e-4;
+
+/// Rows that an error names.
+const NAMED_ROWS: usize = 5;
 
 /// What `verify` found; a fault is an error instead.
 #[derive(Debug, Clone, Serialize)]
@@ -37,6 +42,8 @@ pub struct Verified {
     pub recomputed_rows: usize,
     /// The largest cosine distance between a stored row and the one computed again.
     pub max_cosine_distance: Option<f64>,
+    /// The median of these distances.
+    pub median_cosine_distance: Option<f64>,
 }
 
 impl fmt::Display for Verified {
@@ -45,8 +52,9 @@ impl fmt::Display for Verified {
         let shards =
             if self.shards_checked { "belong to this set, sample for sample" } else { "not checked: not found" };
         write!(f, "shards: {shards}")?;
-        if let Some(distance) = self.max_cosine_distance {
-            write!(f, "\n{} rows computed again: cosine distance at most {distance:.2e}", self.recomputed_rows)?;
+        if let (Some(largest), Some(median)) = (self.max_cosine_distance, self.median_cosine_distance) {
+            let rows = self.recomputed_rows;
+            write!(f, "\n{rows} rows computed again: cosine distance at most {largest:.2e}, median {median:.2e}")?;
         }
         Ok(())
     }
@@ -73,6 +81,7 @@ pub fn verify(config: &VerifyConfig) -> Result<Verified> {
         shards_checked: false,
         recomputed_rows: 0,
         max_cosine_distance: None,
+        median_cosine_distance: None,
     };
     let Some(path) = path else { return Ok(verified) };
     let shards = ShardSet::open(path)?;
@@ -98,11 +107,7 @@ pub fn verify(config: &VerifyConfig) -> Result<Verified> {
     if !config.quiet {
         note_cpu();
     }
-    let samples = config.sample.min(shards.len());
-    let rows: Vec<(usize, usize)> = (0..samples)
-        .flat_map(|sample| (0..shards.views()).map(move |view| (sample, view)))
-        .map(|(sample, view)| (sample * shards.len() / samples, view))
-        .collect();
+    let rows = sampled_rows(&shards, config.sample, config.seed);
     let normalization = setting(PIXEL_NORMALIZATION_KEY).map_or(Ok(Normalization::default()), str::parse)?;
     let computed = match set.projection()? {
         None => rows_of(&shards, &rows, normalization, |xs| teacher.embeddings(xs))?,
@@ -117,20 +122,46 @@ pub fn verify(config: &VerifyConfig) -> Result<Verified> {
         }
     };
     let mut stored = vec![0.0; set.embedding_dim()];
-    let mut largest = 0.0f64;
+    let mut distances = Vec::new();
+    let mut wrong = Vec::new();
     for (&(sample, view), row) in rows.iter().zip(computed.chunks_exact(set.embedding_dim())) {
         set.read(sample, view, &mut stored)?;
         let distance = cosine_distance(&stored, row);
         if distance.is_nan() || distance > TOLERANCE {
-            let found =
-                format!("sample {sample}, view {view}: cosine distance {distance:.2e} to what the teacher gives");
-            return Err(Error::damaged(directory.join(MANIFEST_FILE), Fault::Value(found)));
+            wrong.push(format!("view {view} of sample {:016x} by {distance:.2e}", shards.sample_id(sample)));
         }
-        largest = largest.max(distance);
+        distances.push(distance);
     }
+    if !wrong.is_empty() {
+        let more = if wrong.len() > NAMED_ROWS { ", ..." } else { "" };
+        let named = wrong.iter().take(NAMED_ROWS).cloned().collect::<Vec<_>>().join(", ");
+        let found = format!(
+            "{} of {} rows are not what the teacher gives, by cosine distance: {named}{more}",
+            wrong.len(),
+            rows.len()
+        );
+        return Err(Error::damaged(directory.join(MANIFEST_FILE), Fault::Value(found)));
+    }
+    distances.sort_by(f64::total_cmp);
     verified.recomputed_rows = rows.len();
-    verified.max_cosine_distance = Some(largest);
+    verified.max_cosine_distance = distances.last().copied();
+    verified.median_cosine_distance = distances.get(distances.len() / 2).copied();
     Ok(verified)
+}
+
+/// So many different `(sample, view)` pairs, drawn by a seed, in the order in which they are stored.
+fn sampled_rows(shards: &ShardSet, count: usize, seed: u64) -> Vec<(usize, usize)> {
+    let (views, all) = (shards.views(), shards.len() * shards.views());
+    let mut rng = KeyedRng::new("verify embeddings", seed, &[]);
+    let mut chosen = BTreeSet::new();
+    // Floyd's sampling: one draw for each row, whatever the size of the set.
+    for last in all - count.min(all)..all {
+        let row = rng.below(last + 1);
+        if !chosen.insert(row) {
+            chosen.insert(last);
+        }
+    }
+    chosen.into_iter().map(|row| (row / views, row % views)).collect()
 }
 
 /// One less the cosine similarity, in f64; not negative.

@@ -144,7 +144,11 @@ fn extract_shard(
     let first = files_end(shards, index) - samples;
     let images: Vec<(usize, usize)> =
         (first..first + samples).flat_map(|sample| (0..views).map(move |view| (sample, view))).collect();
+    let mut ahead = images.chunks(BATCH).skip(1);
     for images in images.chunks(BATCH) {
+        if let Some(next) = ahead.next() {
+            shards.will_need(next)?;
+        }
         let features = extractor.features(&normalized_batch(shards, images, normalization)?)?;
         if features.dims() != [images.len(), width] {
             return Err(Error::Shape {

@@ -7,7 +7,7 @@ use shared::Result;
 
 use super::canvas::{AXIS, Area, Canvas, DrawError, GRID, INK, MUTED, TextLook, px, text};
 use super::palette;
-use super::typeface::{self, Weight};
+use shared::typeface::{self, Weight};
 
 const WIDTH: f64 = 860.0;
 const BAR: f64 = 13.0;

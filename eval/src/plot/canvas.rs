@@ -1,7 +1,7 @@
 //! A picture under construction: a `plotters` backend that draws finer than the file and paints text itself.
 //!
 //! The bitmap backend of plotters places glyphs without their side bearings and does not smooth thick lines. Here text
-//! is laid out by [`super::typeface`], and everything is drawn at twice the file's resolution and averaged, which smooths all
+//! is laid out by [`shared::typeface`], and everything is drawn at twice the file's resolution and averaged, which smooths all
 //! edges.
 
 use std::io::Cursor;
@@ -16,7 +16,7 @@ use plotters_backend::text_anchor::{HPos, Pos, VPos};
 use plotters_backend::{BackendColor, BackendCoord, BackendStyle, BackendTextStyle, DrawingErrorKind, FontStyle};
 use shared::{Error, Result};
 
-use super::typeface::{self, Weight};
+use shared::typeface::{self, Weight};
 
 /// Pixels of the file per unit.
 const DENSITY: u32 = 2;

@@ -7,7 +7,7 @@ use plotters_backend::text_anchor::{HPos, VPos};
 use shared::Result;
 
 use super::canvas::{Area, Canvas, DrawError, INK, MUTED, TextLook, px, text};
-use super::typeface::{self, Weight};
+use shared::typeface::{self, Weight};
 
 const CELL: f64 = 112.0;
 const GAP: f64 = 14.0;

@@ -9,4 +9,3 @@ pub(crate) mod gallery;
 pub(crate) mod lines;
 pub(crate) mod palette;
 pub(crate) mod scatter;
-pub(crate) mod typeface;

@@ -7,7 +7,7 @@ use shared::Result;
 
 use super::canvas::{AXIS, Canvas, GRID, INK, MUTED, TextLook, px, text, tick};
 use super::palette;
-use super::typeface::{self, Weight};
+use shared::typeface::{self, Weight};
 
 const PLOT_WIDTH: f64 = 560.0;
 const HEIGHT: f64 = 440.0;

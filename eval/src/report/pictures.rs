@@ -5,7 +5,8 @@ use std::path::Path;
 use image::RgbImage;
 use shared::Result;
 use shared::manifest::Input;
-use shared::shard::ShardSet;
+use shared::shard::{ShardSet, ViewReader};
+use shared::transforms::View;
 
 use super::collect::{Entry, State};
 use super::summary::{Picture, RunSummary, Summary, is_of};
@@ -242,7 +243,7 @@ fn open_shards(input: &Input) -> Result<ShardSet> {
 }
 
 fn image_of(shards: &ShardSet, sample: usize) -> Result<RgbImage> {
-    let pixels = shards.pixels(sample, 0)?.to_vec();
+    let pixels = ViewReader::default().read(shards, sample, View::Global(0))?.to_vec();
     RgbImage::from_raw(shards.width() as u32, shards.height() as u32, pixels)
         .ok_or_else(|| shared::Error::invalid("a picture has the wrong size", ""))
 }

@@ -54,6 +54,7 @@ impl Shards<'_> {
             height: SIDE,
             width: SIDE,
             classes: self.classes.iter().map(ToString::to_string).collect(),
+            ..ShardSetDetails::default()
         };
         let counts = BTreeMap::from([("samples".to_string(), self.samples as u64)]);
         output.finish(counts, serde_json::to_value(details).unwrap(), files).unwrap();

@@ -1,30 +1,67 @@
 //! Batches: views gathered from the shards, and the teacher's embeddings of the same views.
 
+use std::cell::RefCell;
+
 use candle_core::{Device, Tensor};
+use rayon::prelude::*;
 
 use crate::embedding::EmbeddingSet;
 use crate::error::Result;
-use crate::shard::ShardSet;
+use crate::shard::{ShardSet, ViewReader};
+use crate::transforms::View;
 use crate::transforms::normalize::Normalization;
 
-/// Gathers views as one normalised batch.
+thread_local! {
+    /// What a thread needs to make views; kept, because its memory grows to the largest image.
+    static READER: RefCell<ViewReader> = RefCell::default();
+}
+
+/// Gathers global views as one normalised batch.
+///
+/// Views that are decoded or redrawn are made by the threads of the current pool, a few views of consecutive rows at a time. Plain
+/// views are copied by the calling thread.
 ///
 /// # Shapes
 /// - `rows`: `B` pairs of a sample's index and a view
 /// - returns: `(B, H, W, 3)` f32, normalised as the network expects them
 ///
 /// # Errors
-/// [`crate::Error::Tensor`] when the memory cannot become a tensor.
+/// As [`ViewReader::read`]; [`crate::Error::Tensor`] when the memory cannot become a tensor.
 ///
 /// # Panics
 /// When an index or a view is out of range.
 pub fn normalized_batch(shards: &ShardSet, rows: &[(usize, usize)], normalization: Normalization) -> Result<Tensor> {
     let (height, width) = (shards.height(), shards.width());
+    let length = (height * width * 3).max(1);
     let mut values = vec![0f32; rows.len() * height * width * 3];
-    for (&(index, view), row) in rows.iter().zip(values.chunks_exact_mut((height * width * 3).max(1))) {
-        normalization.write(shards.pixels(index, view)?, row);
+    if shards.makes_views() {
+        // Views of one sample stay together, so that its image is decoded once.
+        let run = rows.len().div_ceil(RUNS_PER_THREAD * rayon::current_num_threads()).max(1);
+        let run = run.next_multiple_of(rows.iter().take_while(|row| row.0 == rows[0].0).count().max(1));
+        values.par_chunks_mut(length * run).zip(rows.par_chunks(run)).try_for_each(|(values, rows)| {
+            READER.with_borrow_mut(|reader| write_rows(reader, shards, rows, normalization, values))
+        })?;
+    } else {
+        write_rows(&mut ViewReader::default(), shards, rows, normalization, &mut values)?;
     }
     Ok(Tensor::from_vec(values, (rows.len(), height, width, 3), &Device::Cpu)?)
+}
+
+/// Pieces of work for each thread: images take different times.
+const RUNS_PER_THREAD: usize = 4;
+
+fn write_rows(
+    reader: &mut ViewReader,
+    shards: &ShardSet,
+    rows: &[(usize, usize)],
+    normalization: Normalization,
+    values: &mut [f32],
+) -> Result<()> {
+    let length = shards.height() * shards.width() * 3;
+    for (&(index, view), row) in rows.iter().zip(values.chunks_exact_mut(length.max(1))) {
+        normalization.write(reader.read(shards, index, View::Global(view))?, row);
+    }
+    Ok(())
 }
 
 /// Gathers the teacher's embeddings of the same views.
@@ -65,7 +102,7 @@ mod tests {
             writer.push(shard.into(), -1, &pixels, &[0.0; 2 * VIEW_PARAMETERS.len()]).unwrap();
             files.push(writer.finish().unwrap());
         }
-        let details = ShardSetDetails { views: 2, height: 1, width: 1, classes: Vec::new() };
+        let details = ShardSetDetails { views: 2, height: 1, width: 1, ..ShardSetDetails::default() };
         let identity = Identity::new(Stage::DataPrep, &serde_json::json!({}), 0, Vec::new()).unwrap();
         let counts = BTreeMap::from([("samples".to_string(), 2)]);
         Manifest::new(identity, counts, serde_json::json!(details), files).write(dir.path()).unwrap();

@@ -2,10 +2,11 @@
 //!
 //! Nothing here has a state, so a resumed run asks for step 1234 and gets what a straight run would have got.
 
+use super::order::{Order, RUN_SAMPLES, WINDOW_RUNS, quasi_order};
 use crate::error::{Error, Result};
 use crate::rng::KeyedRng;
 
-/// Cuts each epoch's random order of the samples into batches of one size; an incomplete last batch is dropped.
+/// Cuts each epoch's order of the samples into batches of one size; an incomplete last batch is dropped.
 ///
 /// # Examples
 /// ```
@@ -20,10 +21,11 @@ pub struct EpochSampler {
     samples: usize,
     batch_size: usize,
     seed: u64,
+    order: Order,
 }
 
 impl EpochSampler {
-    /// A sampler of batches of `batch_size` out of `samples`.
+    /// A sampler of batches of `batch_size` out of `samples`, in [`Order::Random`].
     ///
     /// # Errors
     /// [`Error::Usage`] when not a single batch can be filled, or the batch size is 0.
@@ -35,7 +37,12 @@ impl EpochSampler {
             let message = format!("`--batch-size` {batch_size} is larger than the set of {samples} samples");
             return Err(Error::usage(message));
         }
-        Ok(Self { samples, batch_size, seed })
+        Ok(Self { samples, batch_size, seed, order: Order::Random })
+    }
+
+    /// The same sampler with another order of the samples.
+    pub fn with_order(self, order: Order) -> Self {
+        Self { order, ..self }
     }
 
     /// Samples in a batch.
@@ -50,9 +57,15 @@ impl EpochSampler {
 
     /// The samples of an epoch in their random order, those of the incomplete last batch included.
     pub fn order(&self, epoch: u64) -> Vec<usize> {
-        let mut order: Vec<usize> = (0..self.samples).collect();
-        KeyedRng::new("epoch order", self.seed, &[epoch]).shuffle(&mut order);
-        order
+        let mut rng = KeyedRng::new("epoch order", self.seed, &[epoch]);
+        match self.order {
+            Order::Random => {
+                let mut order: Vec<usize> = (0..self.samples).collect();
+                rng.shuffle(&mut order);
+                order
+            }
+            Order::Quasi => quasi_order(self.samples, (RUN_SAMPLES, WINDOW_RUNS), &mut rng),
+        }
     }
 
     /// The part of an epoch's [`EpochSampler::order`] that is its batch number `position`.
@@ -173,9 +186,12 @@ mod tests {
 
     #[test]
     fn orders_of_epochs_and_seeds_differ() {
-        let order = |seed, epoch| EpochSampler::new(50, 5, seed).unwrap().order(epoch);
-        assert_ne!(order(1, 0), order(1, 1));
-        assert_ne!(order(1, 0), order(2, 0));
+        for kind in [Order::Random, Order::Quasi] {
+            let order = |seed, epoch| EpochSampler::new(50, 5, seed).unwrap().with_order(kind).order(epoch);
+            assert_eq!(order(1, 0), order(1, 0));
+            assert_ne!(order(1, 0), order(1, 1));
+            assert_ne!(order(1, 0), order(2, 0));
+        }
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! JPEG files through zune-jpeg in strict mode, plus the one thing strict mode lets pass: a file that ends early.
+//! JPEG files through zune-jpeg in strict mode, plus the one thing strict mode lets pass: a file that ends early. With the feature
+//! `libjpeg`, through libjpeg-turbo as long as it has nothing to complain about.
 
 use zune_jpeg::JpegDecoder;
 use zune_jpeg::zune_core::bytestream::ZCursor;
@@ -11,6 +12,33 @@ use super::decode::check_size;
 /// Decodes a JPEG file into `pixels`, whose memory is used again; the error says what is wrong with it.
 pub(super) fn decode(bytes: &[u8], mut pixels: Vec<u8>) -> Result<RgbImage, String> {
     reaches_its_end(bytes)?;
+    #[cfg(feature = "libjpeg")]
+    {
+        let (height, width) = dimensions(bytes)?;
+        if super::libjpeg::decode(bytes, height, width, &mut pixels) {
+            return RgbImage::new(height, width, pixels).map_err(|e| e.to_string());
+        }
+    }
+    let Opened { mut decoder, height, width } = open(bytes)?;
+    pixels.resize(decoder.output_buffer_size().ok_or("it has no frame header")?, 0);
+    decoder.decode_into(&mut pixels).map_err(|e| e.to_string())?;
+    RgbImage::new(height, width, pixels).map_err(|e| e.to_string())
+}
+
+/// Height and width from the header.
+pub(super) fn dimensions(bytes: &[u8]) -> Result<(usize, usize), String> {
+    let Opened { height, width, .. } = open(bytes)?;
+    Ok((height, width))
+}
+
+/// A decoder that has read the header, and the height and width that it found.
+struct Opened<'a> {
+    decoder: JpegDecoder<ZCursor<&'a [u8]>>,
+    height: usize,
+    width: usize,
+}
+
+fn open(bytes: &[u8]) -> Result<Opened<'_>, String> {
     let options = DecoderOptions::default()
         .set_strict_mode(true)
         .set_max_width(usize::MAX)
@@ -20,9 +48,7 @@ pub(super) fn decode(bytes: &[u8], mut pixels: Vec<u8>) -> Result<RgbImage, Stri
     decoder.decode_headers().map_err(|e| e.to_string())?;
     let (width, height) = decoder.dimensions().ok_or("it has no frame header")?;
     check_size(width as u64, height as u64)?;
-    pixels.resize(decoder.output_buffer_size().ok_or("it has no frame header")?, 0);
-    decoder.decode_into(&mut pixels).map_err(|e| e.to_string())?;
-    RgbImage::new(height, width, pixels).map_err(|e| e.to_string())
+    Ok(Opened { decoder, height, width })
 }
 
 const START_OF_IMAGE: u8 = 0xd8;

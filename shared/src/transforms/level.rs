@@ -3,6 +3,10 @@
 //! A kernel is one safe body that the `kernel!` macro compiles once per level. [`Level`] is a value that only the detection of
 //! the processor can make, so calling a kernel is safe. Other processors than x86-64 run the body as the target compiles it.
 
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use crate::ops;
+
 /// Instruction set that a kernel body is compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Isa {
@@ -50,9 +54,27 @@ impl Level {
     }
 }
 
+/// What [`Level::default`] may reach at the most, as the number of an [`Isa`].
+static LIMIT: AtomicU8 = AtomicU8::new(Isa::Avx512 as u8);
+
+impl Level {
+    /// Limits [`Level::default`], and with it every [`Scratch`](super::Scratch) that is made from here on, to what `isa` has, in the
+    /// whole process. The pixels do not depend on it.
+    pub fn limit(isa: ops::Isa) {
+        let limit = match isa {
+            ops::Isa::Portable => Isa::Scalar,
+            ops::Isa::Avx2 => Isa::Avx2,
+            ops::Isa::Avx512 => Isa::Avx512,
+        };
+        LIMIT.store(limit as u8, Ordering::Relaxed);
+    }
+}
+
+/// The strongest level of this machine within the limit.
 impl Default for Level {
     fn default() -> Self {
-        Self::best()
+        let limit = LIMIT.load(Ordering::Relaxed);
+        Self::available().into_iter().rfind(|level| level.0 as u8 <= limit).unwrap_or(Self::SCALAR)
     }
 }
 

@@ -8,6 +8,7 @@
 //! Kernels are compiled for several instruction sets and picked at run time by [`Level`]; all give the same bytes. One [`Scratch`]
 //! per worker holds all memory, so nothing is allocated once it is warm.
 
+pub mod built_in;
 pub mod color_jitter;
 pub mod crop;
 pub mod decode;
@@ -17,6 +18,8 @@ pub mod grayscale;
 mod image;
 mod jpeg;
 pub mod level;
+#[cfg(feature = "libjpeg")]
+mod libjpeg;
 pub mod normalize;
 pub mod recipe;
 #[cfg(test)]
@@ -30,4 +33,4 @@ mod weights;
 pub use image::{Planes, RgbImage};
 pub use level::Level;
 pub use recipe::{Recipe, Scratch, View, ViewParams, ViewRecipe};
-pub use resize::PassOrder;
+pub use resize::{Interpolation, PassOrder};

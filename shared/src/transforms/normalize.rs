@@ -1,13 +1,14 @@
-//! Bytes to training tensors: `(v / 255 - mean) / std` per channel, through a table of 256 entries.
+//! Bytes to training tensors: `(v / 255 - mean) / std` per channel.
+#![cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "instruction sets chosen at run time"))]
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
-use std::sync::LazyLock;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::level::{Level, kernel};
 use crate::error::{Error, Result};
 
 /// Mean of ImageNet's training pixels in 0..1, by channel (red, green, blue).
@@ -70,6 +71,9 @@ impl Normalization {
 
     /// Writes the values of interleaved pixels into a row of a batch.
     ///
+    /// Subtraction and division by the deviation are those of torchvision's `Normalize` in f32, after a division by 255 that is
+    /// rounded as `ToTensor` rounds it: the values are theirs bit for bit.
+    ///
     /// # Shapes
     /// - `rgb`: `(.., H, W, 3)` u8
     /// - `out`: as many f32, channels-last
@@ -77,13 +81,46 @@ impl Normalization {
     /// # Panics
     /// When the lengths differ or are not whole pixels.
     pub fn write(self, rgb: &[u8], out: &mut [f32]) {
-        static TABLES: LazyLock<[Normalizer; 2]> = LazyLock::new(|| {
-            [Normalization::Imagenet, Normalization::Inception].map(|known| Normalizer::new(known.mean(), known.std()))
-        });
-        let [imagenet, inception] = &*TABLES;
-        match self {
-            Self::Imagenet => imagenet.write(rgb, out),
-            Self::Inception => inception.write(rgb, out),
+        self.write_at(Level::best(), rgb, out);
+    }
+
+    /// As [`Normalization::write`], by the kernel of a given level: all give the same values.
+    ///
+    /// # Panics
+    /// As [`Normalization::write`].
+    pub fn write_at(self, level: Level, rgb: &[u8], out: &mut [f32]) {
+        assert!(rgb.len() == out.len() && rgb.len().is_multiple_of(3), "one value for each byte of whole pixels");
+        normalize(level, rgb, out, self.mean(), self.std());
+    }
+}
+
+/// Values that are computed together: the channels of 16 pixels, which are whole registers of 4, 8 or 16.
+const LANES: usize = 48;
+
+/// 1 / 255 in two parts. The first has 16 significant bits, so that a byte times it is exact; the second is the rest. Their
+/// products with a byte add up to the byte over 255, rounded once: all 256 are checked below.
+const INVERSE_HIGH: f32 = 32_896.0 / 8_388_608.0;
+const INVERSE_LOW: f32 = (1.0 / 255.0 - 32_896.0f64 / 8_388_608.0) as f32;
+
+#[inline(always)]
+fn normalized(byte: u8, mean: f32, std: f32) -> f32 {
+    let value = f32::from(byte);
+    (value * INVERSE_HIGH + value * INVERSE_LOW - mean) / std
+}
+
+kernel! {
+    fn normalize(rgb: &[u8], out: &mut [f32], mean: [f32; 3], std: [f32; 3]) {
+        let means: [f32; LANES] = std::array::from_fn(|i| mean[i % 3]);
+        let stds: [f32; LANES] = std::array::from_fn(|i| std[i % 3]);
+        let (blocks, rest) = rgb.as_chunks::<LANES>();
+        let (out_blocks, out_rest) = out.as_chunks_mut::<LANES>();
+        for (out, block) in out_blocks.iter_mut().zip(blocks) {
+            for i in 0..LANES {
+                out[i] = normalized(block[i], means[i], stds[i]);
+            }
+        }
+        for (i, (out, byte)) in out_rest.iter_mut().zip(rest).enumerate() {
+            *out = normalized(*byte, mean[i % 3], std[i % 3]);
         }
     }
 }
@@ -104,52 +141,31 @@ impl FromStr for Normalization {
     }
 }
 
-/// The normalised value of every byte, for each channel.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Normalizer {
-    table: [[f32; 256]; 3],
-}
-
-impl Normalizer {
-    /// The table for a mean and a standard deviation in 0..1. Both divisions are true f32 divisions, as in torchvision's `ToTensor`
-    /// and `Normalize`, so the values are theirs bit for bit.
-    pub fn new(mean: [f32; 3], std: [f32; 3]) -> Self {
-        Self { table: std::array::from_fn(|c| std::array::from_fn(|v| (v as f32 / 255.0 - mean[c]) / std[c])) }
-    }
-
-    /// Writes the normalised values of interleaved pixels.
-    ///
-    /// # Shapes
-    /// - `rgb`: `(.., H, W, 3)` u8
-    /// - `out`: as many f32, channels-last
-    ///
-    /// # Panics
-    /// When the lengths differ or are not whole pixels.
-    pub fn write(&self, rgb: &[u8], out: &mut [f32]) {
-        assert!(rgb.len() == out.len() && rgb.len().is_multiple_of(3), "one value for each byte of whole pixels");
-        let [red, green, blue] = &self.table;
-        for (values, pixel) in out.as_chunks_mut::<3>().0.iter_mut().zip(rgb.as_chunks::<3>().0) {
-            *values = [red[pixel[0] as usize], green[pixel[1] as usize], blue[pixel[2] as usize]];
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn values_follow_the_formula_per_channel() {
-        let rgb: Vec<u8> = (0..=255).flat_map(|v| [v; 3]).collect();
-        let mut out = vec![0.0; rgb.len()];
-        for normalization in [Normalization::Imagenet, Normalization::Inception] {
-            normalization.write(&rgb, &mut out);
-            for (i, value) in out.iter().enumerate() {
-                let (v, c) = (f32::from(rgb[i]), i % 3);
-                assert_eq!(*value, (v / 255.0 - normalization.mean()[c]) / normalization.std()[c]);
+    fn values_follow_the_formula_at_every_level() {
+        // Every byte in every lane, and rows that do not fill the last registers.
+        for pixels in [1, 15, 16, 17, 256, 256 * 17] {
+            let rgb: Vec<u8> = (0..pixels * 3).map(|i| (i / 3 + i / 768) as u8).collect();
+            let mut out = vec![0.0; rgb.len()];
+            for (normalization, level) in [Normalization::Imagenet, Normalization::Inception]
+                .into_iter()
+                .flat_map(|normalization| Level::available().into_iter().map(move |level| (normalization, level)))
+            {
+                normalization.write_at(level, &rgb, &mut out);
+                for (i, value) in out.iter().enumerate() {
+                    let (v, c) = (f32::from(rgb[i]), i % 3);
+                    let expected = (v / 255.0 - normalization.mean()[c]) / normalization.std()[c];
+                    assert_eq!(value.to_bits(), expected.to_bits(), "{v} of channel {c}");
+                }
             }
         }
-        assert_eq!((out[0], out[767]), (-1.0, 1.0));
+        let mut ends = [0.0; 6];
+        Normalization::Inception.write(&[0, 0, 0, 255, 255, 255], &mut ends);
+        assert_eq!(ends, [-1.0, -1.0, -1.0, 1.0, 1.0, 1.0]);
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Recipes: which augmentations the views of a sample go through, in which ranges. Some are built in, others are TOML files.
+//! Recipes: which augmentations the views of a sample go through, in which ranges. Some are [built in](super::built_in), others are
+//! TOML files.
 //!
 //! ```toml
 //! name = "mine"
@@ -9,7 +10,8 @@
 //! [global.crop]
 //! kind = "random-resized"      # or "center" with `fraction`
 //! scale = [0.2, 1.0]           # share of the area
-//! ratio = [0.75, 1.3333334]    # width over height
+//! ratio = [0.75, 1.3333334]    # width over height; three quarters to four thirds, if left out
+//! interpolation = "bicubic"    # or "bilinear", the default
 //!
 //! [global.color-jitter]        # every section from here on may be left out
 //! probability = 0.8
@@ -20,6 +22,7 @@
 //!
 //! [global.grayscale]
 //! probability = 0.2
+//! before-jitter = true         # false, if left out
 //!
 //! [global.gaussian-blur]
 //! probability = 0.5
@@ -33,7 +36,7 @@
 //! probability = 0.5
 //! ```
 //!
-//! The steps always run in this order. Small views beside the global ones (multi-crop) are `[local]` with `size = 96` and one or more
+//! The steps always run in this order, but for `before-jitter`. Small views beside the global ones (multi-crop) are `[local]` with `size = 96` and one or more
 //! `[[local.view]]` blocks: every round of `[[global]]` blocks has a round of them.
 //!
 //! Global view `v` is drawn from the generator `KeyedRng::new("view", seed, &[sample_id, v])`, local view `w` from
@@ -44,13 +47,13 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::RgbImage;
+use super::built_in::{self, BUILT_IN};
 use super::resize::PassOrder;
-use super::view_recipe::default_ratio;
 use crate::error::{Error, Result};
 use crate::rng::KeyedRng;
 
 pub use super::view::{MAX_SIDE, View, ViewParams};
-pub use super::view_recipe::{Chance, ColorJitter, Crop, GaussianBlur, Scratch, Solarize, ViewRecipe};
+pub use super::view_recipe::{Chance, ColorJitter, Crop, GaussianBlur, Grayscale, Scratch, Solarize, ViewRecipe};
 
 /// How all views of a sample are made.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -79,66 +82,17 @@ pub struct LocalViews {
 }
 
 impl Recipe {
-    /// Names of the built-in recipes.
-    pub const BUILT_IN: [&str; 3] = ["moco-v2", "linear-train", "eval-center"];
-
-    /// Views for contrastive training.
-    ///
-    /// # Source
-    /// MoCo v2, arXiv 2003.04297, section 3; official `main_moco.py` with `--aug-plus`, which DisCo takes over.
-    pub fn moco_v2() -> Self {
-        Self::alike(
-            "moco-v2",
-            ViewRecipe {
-                color_jitter: Some(ColorJitter {
-                    probability: 0.8,
-                    brightness: 0.4,
-                    contrast: 0.4,
-                    saturation: 0.4,
-                    hue: 0.1,
-                }),
-                grayscale: Some(Chance { probability: 0.2 }),
-                gaussian_blur: Some(GaussianBlur { probability: 0.5, sigma: [0.1, 2.0] }),
-                flip: Some(Chance { probability: 0.5 }),
-                ..ViewRecipe::bare(Crop::RandomResized { scale: [0.2, 1.0], ratio: default_ratio() })
-            },
-        )
-    }
-
-    /// Views for training a linear probe: a random resized crop and a flip.
-    pub fn linear_train() -> Self {
-        Self::alike(
-            "linear-train",
-            ViewRecipe {
-                flip: Some(Chance { probability: 0.5 }),
-                ..ViewRecipe::bare(Crop::RandomResized { scale: [0.08, 1.0], ratio: default_ratio() })
-            },
-        )
-    }
-
-    /// The view for evaluation: the short side resized to 256/224 of the size, then the centre.
-    pub fn eval_center() -> Self {
-        Self::alike("eval-center", ViewRecipe::bare(Crop::Center { fraction: 0.875 }))
-    }
-
-    fn alike(name: &str, view: ViewRecipe) -> Self {
-        Self { name: name.into(), pass_order: PassOrder::default(), global: vec![view], local: None }
-    }
-
     /// A built-in recipe by name, or a recipe from a TOML file.
     ///
     /// # Errors
     /// [`Error::Usage`] when it is neither, or the file has unknown keys or values that make no sense; [`Error::Io`].
     pub fn named_or_file(name: &str) -> Result<Self> {
-        match name {
-            "moco-v2" => return Ok(Self::moco_v2()),
-            "linear-train" => return Ok(Self::linear_train()),
-            "eval-center" => return Ok(Self::eval_center()),
-            _ => {}
+        if let Some(built_in) = BUILT_IN.iter().find(|built_in| built_in.name == name) {
+            return Ok((built_in.recipe)());
         }
         let path = Path::new(name);
         if !path.is_file() {
-            let known = Self::BUILT_IN.map(|name| format!("`{name}`")).join(", ");
+            let known = built_in::names();
             return Err(Error::usage(format!("recipe `{name}` is neither one of {known} nor a TOML file")));
         }
         let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
@@ -229,15 +183,14 @@ mod tests {
     use super::*;
     use crate::transforms::Level;
     use crate::transforms::reference;
-    use crate::transforms::view_recipe::as_f32;
+    use crate::transforms::view_recipe::{as_f32, default_ratio};
 
     #[test]
     fn a_stored_row_gives_the_same_pixels_again() {
         let image = reference::noise(70, 90, 4);
         let size = 48;
-        for recipe in [Recipe::moco_v2(), Recipe::linear_train(), Recipe::eval_center()] {
-            for view in 0..20 {
-                let view = View::Global(view);
+        for recipe in BUILT_IN.map(|built_in| (built_in.recipe)()) {
+            for view in (0..20).flat_map(|view| [View::Global(view), View::Local(view)]) {
                 let params = recipe.draw(3, 77, view, 70, 90);
                 let (mut first, mut second) = (vec![0; size * size * 3], vec![1; size * size * 3]);
                 recipe.apply(view, &image, &params, size, &mut Scratch::default(), &mut first).unwrap();
@@ -274,24 +227,29 @@ mod tests {
     }
 
     #[test]
-    fn recipes_survive_json_exactly() {
-        for name in Recipe::BUILT_IN {
-            let recipe = serde_json::to_value(Recipe::named_or_file(name).unwrap()).unwrap();
-            let text = recipe.to_string();
-            assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap(), recipe);
-            assert!(text.len() < 500, "long numbers: {text}");
+    fn recipes_survive_json_and_toml_exactly() {
+        for built_in in BUILT_IN {
+            let recipe = Recipe::named_or_file(built_in.name).unwrap();
+            assert_eq!(recipe.name, built_in.name);
+            recipe.validate().unwrap();
+            let text = serde_json::to_string(&recipe).unwrap();
+            assert_eq!(serde_json::from_str::<Recipe>(&text).unwrap(), recipe);
+            assert_eq!(
+                serde_json::to_string(&serde_json::from_str::<serde_json::Value>(&text).unwrap()).unwrap().len(),
+                text.len()
+            );
+            let text = toml::to_string(&recipe).unwrap();
+            assert_eq!(toml::from_str::<Recipe>(&text).unwrap(), recipe, "{text}");
         }
         assert_eq!(as_f32(default_ratio()), [3.0 / 4.0, 4.0 / 3.0]);
+        assert_eq!(
+            (Recipe::dino().local_views(2), Recipe::swav().local_views(4), Recipe::byol().local_views(2)),
+            (8, 12, 0)
+        );
     }
 
     #[test]
-    fn recipes_survive_toml_and_unknown_keys_do_not() {
-        for name in Recipe::BUILT_IN {
-            let recipe = Recipe::named_or_file(name).unwrap();
-            let text = toml::to_string(&recipe).unwrap();
-            assert_eq!(toml::from_str::<Recipe>(&text).unwrap(), recipe, "{text}");
-            recipe.validate().unwrap();
-        }
+    fn files_with_unknown_keys_or_senseless_numbers_are_refused() {
         let read = |text: &str| {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("r.toml");
@@ -300,6 +258,10 @@ mod tests {
         };
         let crop = "name = 'x'\n[[global]]\n[global.crop]\nkind = 'random-resized'\nscale = [0.2, 1.0]\n";
         assert!(read(crop).is_ok());
+        let whole = format!(
+            "{crop}interpolation = 'bicubic'\n[global.grayscale]\nprobability = 0.5\nbefore-jitter = true\n[local]\nsize = 96\n[[local.view]]\ncrop = {{ kind = 'center', fraction = 1.0, interpolation = 'bicubic' }}\n"
+        );
+        assert_eq!(read(&whole).unwrap().local_views(2), 2);
         for wrong in [
             "colour = 1\n",
             "name = 'x'\nglobal = []\n",
@@ -308,6 +270,11 @@ mod tests {
             "name = 'x'\n[[global]]\n[global.crop]\nkind = 'random-resized'\nscale = [0.9, 0.2]\n",
             &format!("{crop}[global.grayscale]\nprobability = 1.5\n"),
             &format!("{crop}[global.grayscale]\nprob = 0.5\n"),
+            &format!("{crop}interpolation = 'nearest'\n"),
+            &format!("{crop}ratio = [1.0]\n"),
+            &format!("{crop}[global.grayscale]\nprobability = 0.5\nbefore-jitter = 1\n"),
+            &format!("{crop}[local]\nsize = 0\n[[local.view]]\ncrop = {{ kind = 'center', fraction = 1.0 }}\n"),
+            &format!("{crop}[local]\nsize = 96\nview = []\n"),
             &format!("{crop}[global.color-jitter]\nprobability = 0.5\nhue = 0.6\n"),
             &format!("{crop}[global.gaussian-blur]\nprobability = 0.5\nsigma = [nan, 1.0]\n"),
         ] {

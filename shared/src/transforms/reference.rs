@@ -1,7 +1,7 @@
 //! Plain versions of the pixel formulas, which the kernels are tested against at every level.
 //! All float operations are single IEEE operations: Rust never contracts to fused multiply-add.
 
-use super::resize::Resize;
+use super::resize::{Interpolation, Resize};
 use super::{Planes, RgbImage};
 use crate::rng::KeyedRng;
 
@@ -74,23 +74,31 @@ fn hsv_to_rgb([h, s, v]: [u8; 3]) -> [u8; 3] {
 }
 
 /// One axis of the resize at one output position: `sample` gives the byte at a source position.
-fn resample(source: usize, target: usize, at: usize, sample: impl Fn(usize) -> u8) -> u8 {
+fn resample(filter: Interpolation, source: usize, target: usize, at: usize, sample: impl Fn(usize) -> u8) -> u8 {
     let scale = source as f64 / target as f64;
-    let support = scale.max(1.0);
+    let stretch = scale.max(1.0);
+    let support = if filter == Interpolation::Bicubic { 2.0 * stretch } else { stretch };
     let center = (at as f64 + 0.5) * scale;
     let low = ((center - support + 0.5) as i64).max(0) as usize;
     let high = ((center + support + 0.5) as i64).min(source as i64) as usize;
-    let weight = |j: usize| (1.0 - ((j as f64 - center + 0.5) * (1.0 / support)).abs()).max(0.0);
+    let weight = |j: usize| {
+        let x = ((j as f64 - center + 0.5) * (1.0 / stretch)).abs();
+        match filter {
+            Interpolation::Bilinear => (1.0 - x).max(0.0),
+            Interpolation::Bicubic if x < 1.0 => (1.5 * x - 2.5) * x * x + 1.0,
+            Interpolation::Bicubic if x < 2.0 => (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5,
+            Interpolation::Bicubic => 0.0,
+        }
+    };
+    let fixed = |w: f64| (w * 4_194_304.0 + if w < 0.0 { -0.5 } else { 0.5 }) as i64;
     let total: f64 = (low..high).map(weight).sum();
-    let sum: i64 =
-        (low..high).map(|j| i64::from(sample(j)) * (0.5 + weight(j) / total * 4_194_304.0) as i64).sum::<i64>()
-            + 2_097_152;
+    let sum = (low..high).map(|j| i64::from(sample(j)) * fixed(weight(j) / total)).sum::<i64>() + 2_097_152;
     (sum >> 22).clamp(0, 255) as u8
 }
 
 /// The whole resize, then the window and the flip.
 pub(super) fn crop_resize(image: &RgbImage, resize: &Resize) -> Planes {
-    let Resize { crop, target, window, flip, order } = *resize;
+    let Resize { crop, target, window, flip, order, interpolation } = *resize;
     let source =
         |c: usize, y: usize, x: usize| image.pixels()[((crop.top + y) * image.width() + crop.left + x) * 3 + c];
     let mut out = Planes::default();
@@ -102,9 +110,9 @@ pub(super) fn crop_resize(image: &RgbImage, resize: &Resize) -> Planes {
         for (y, line) in between.iter_mut().enumerate() {
             for (x, v) in line.iter_mut().enumerate() {
                 *v = if rows == target.0 && columns == crop.width && order.vertical_first(crop, target) {
-                    resample(crop.height, target.0, y, |j| source(c, j, x))
+                    resample(interpolation, crop.height, target.0, y, |j| source(c, j, x))
                 } else {
-                    resample(crop.width, target.1, x, |j| source(c, y, j))
+                    resample(interpolation, crop.width, target.1, x, |j| source(c, y, j))
                 };
             }
         }
@@ -113,9 +121,9 @@ pub(super) fn crop_resize(image: &RgbImage, resize: &Resize) -> Planes {
             let x = if flip { window.width - 1 - x } else { x };
             let (y, x) = (y + window.top, x + window.left);
             *v = if order.vertical_first(crop, target) {
-                resample(crop.width, target.1, x, |j| between[y][j])
+                resample(interpolation, crop.width, target.1, x, |j| between[y][j])
             } else {
-                resample(crop.height, target.0, y, |j| between[j][x])
+                resample(interpolation, crop.height, target.0, y, |j| between[j][x])
             };
         }
     }

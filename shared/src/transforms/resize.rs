@@ -1,4 +1,4 @@
-//! Crop, antialiased bilinear resize and optional horizontal flip in one go, from interleaved RGB to three planes, with the
+//! Crop, antialiased resize (bilinear or bicubic) and optional horizontal flip in one go, from interleaved RGB to three planes, with the
 //! bytes of torchvision's `resized_crop` on a Pillow image.
 //!
 //! The image is cropped first: the filter never sees pixels outside the crop. Sums are 32-bit integers with 22 fraction bits, and
@@ -37,6 +37,17 @@ impl PassOrder {
     }
 }
 
+/// Filter of a resize; it widens when the image shrinks, so that nothing aliases.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Interpolation {
+    /// A triangle: two samples when nothing shrinks.
+    #[default]
+    Bilinear,
+    /// Keys's cubic with a = -0.5: four samples, with negative lobes.
+    Bicubic,
+}
+
 /// Geometry of one resize.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Resize {
@@ -50,6 +61,8 @@ pub struct Resize {
     pub flip: bool,
     /// Which pass runs first.
     pub order: PassOrder,
+    /// The filter.
+    pub interpolation: Interpolation,
 }
 
 /// Memory that a resize needs; nothing is allocated once it has seen the largest image.
@@ -69,12 +82,12 @@ pub struct ResizeScratch {
 /// # Panics
 /// When the crop does not lie inside the image, the window not inside the target, or one of them is empty.
 pub fn crop_resize(level: Level, image: &RgbImage, resize: &Resize, scratch: &mut ResizeScratch, out: &mut Planes) {
-    let Resize { crop, target, window, flip, order } = *resize;
+    let Resize { crop, target, window, flip, order, interpolation } = *resize;
     assert!(crop.is_inside(image.height(), image.width()), "the crop lies inside the image");
     assert!(window.is_inside(target.0, target.1), "the window lies inside the target");
     let ResizeScratch { across, down, lanes, between, lines } = scratch;
-    let columns = across.fill(crop.width, target.1, window.left, window.width);
-    let rows = down.fill(crop.height, target.0, window.top, window.height);
+    let columns = across.fill(interpolation, crop.width, target.1, window.left, window.width);
+    let rows = down.fill(interpolation, crop.height, target.0, window.top, window.height);
     if flip {
         across.reverse();
     }
@@ -170,7 +183,7 @@ kernel! {
             }
             for (lane, sum) in [red, green, blue].into_iter().zip(&sum) {
                 for i in 0..BLOCK {
-                    lane[i] = (sum[i] >> BITS).min(255) as u8;
+                    lane[i] = (sum[i] >> BITS).clamp(0, 255) as u8;
                 }
             }
         }
@@ -203,7 +216,7 @@ kernel! {
                 for (t, &tap) in taps.iter().enumerate() {
                     sum = sum.wrapping_add(i32::from(rows[t * pitch + x]).wrapping_mul(tap));
                 }
-                *byte = (sum >> BITS).min(255) as u8;
+                *byte = (sum >> BITS).clamp(0, 255) as u8;
             }
             return;
         }
@@ -218,7 +231,7 @@ kernel! {
                 }
             }
             for (byte, sum) in out[x..x + WIDE].iter_mut().zip(&sum) {
-                *byte = (sum >> BITS).min(255) as u8;
+                *byte = (sum >> BITS).clamp(0, 255) as u8;
             }
         }
     }
@@ -272,7 +285,7 @@ mod tests {
         #[test]
         fn every_level_equals_the_plain_formula(
             height in 1usize..90, width in 1usize..90, target in (1usize..70, 1usize..70),
-            cut in any::<[u16; 8]>(), seed in any::<u64>(), flip in any::<bool>(), pillow13 in any::<bool>(),
+            cut in any::<[u16; 8]>(), seed in any::<u64>(), [flip, pillow13, bicubic] in any::<[bool; 3]>(),
         ) {
             let image = reference::noise(height, width, seed);
             let inside = |rows: usize, columns: usize, cut: &[u16]| {
@@ -282,7 +295,8 @@ mod tests {
             };
             let order = if pillow13 { PassOrder::Pillow13 } else { PassOrder::Horizontal };
             let (crop, window) = (inside(height, width, &cut[..4]), inside(target.0, target.1, &cut[4..]));
-            let resize = Resize { crop, target, window, flip, order };
+            let interpolation = if bicubic { Interpolation::Bicubic } else { Interpolation::Bilinear };
+            let resize = Resize { crop, target, window, flip, order, interpolation };
             let want = reference::crop_resize(&image, &resize);
             let mut scratch = ResizeScratch::default();
             for level in Level::available() {
@@ -298,7 +312,8 @@ mod tests {
         let image = reference::noise(61, 83, 5);
         let whole = CropBox { top: 0, left: 0, height: 61, width: 83 };
         let window = CropBox { top: 0, left: 0, height: 33, width: 31 };
-        let mut resize = Resize { crop: whole, target: (33, 31), window, flip: false, order: PassOrder::default() };
+        let (order, interpolation) = (PassOrder::default(), Interpolation::Bicubic);
+        let mut resize = Resize { crop: whole, target: (33, 31), window, flip: false, order, interpolation };
         let (mut plain, mut flipped, mut scratch) = (Planes::default(), Planes::default(), ResizeScratch::default());
         crop_resize(Level::best(), &image, &resize, &mut scratch, &mut plain);
         resize.flip = true;

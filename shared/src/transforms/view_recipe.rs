@@ -1,6 +1,6 @@
 //! What one view goes through: its steps, drawing their parameters, applying them.
 //!
-//! The steps always run in the order of the fields of [`ViewRecipe`].
+//! The steps always run in the order of the fields of [`ViewRecipe`], but for grey, which can come before the jitter.
 
 use serde::{Deserialize, Serialize};
 
@@ -8,7 +8,7 @@ use super::color_jitter;
 use super::crop::{self, CropBox};
 use super::gaussian_blur::{self, BlurScratch};
 use super::level::Level;
-use super::resize::{PassOrder, Resize, ResizeScratch, crop_resize};
+use super::resize::{Interpolation, PassOrder, Resize, ResizeScratch, crop_resize};
 use super::view::ViewParams;
 use super::{Planes, RgbImage, flip, grayscale, solarize};
 use crate::error::{Error, Result};
@@ -25,7 +25,7 @@ pub struct ViewRecipe {
     pub color_jitter: Option<ColorJitter>,
     /// Grey views.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub grayscale: Option<Chance>,
+    pub grayscale: Option<Grayscale>,
     /// Blurred views.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gaussian_blur: Option<GaussianBlur>,
@@ -48,11 +48,17 @@ pub enum Crop {
         /// Width over height.
         #[serde(default = "default_ratio")]
         ratio: [f64; 2],
+        /// Filter of the resize.
+        #[serde(default)]
+        interpolation: Interpolation,
     },
     /// The short side is resized to the size of the view divided by `fraction`, then the centre is kept.
     Center {
         /// Share of the short side that is kept, 0.875 for the usual 224 of 256.
         fraction: f64,
+        /// Filter of the resize.
+        #[serde(default)]
+        interpolation: Interpolation,
     },
 }
 
@@ -72,6 +78,17 @@ pub(super) fn as_f32(range: [f64; 2]) -> [f32; 2] {
 pub struct Chance {
     /// How often it happens, 0 to 1.
     pub probability: f64,
+}
+
+/// Grey views.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Grayscale {
+    /// How often it happens, 0 to 1.
+    pub probability: f64,
+    /// Whether it comes before the colour jitter, as in the first MoCo, and not after it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub before_jitter: bool,
 }
 
 /// Colour jitter; a strength of 0 leaves that property alone.
@@ -153,11 +170,11 @@ impl ViewRecipe {
             if ok { Ok(()) } else { Err(format!("`{what}` must lie in 0 to {high}, found {value}")) }
         };
         match self.crop {
-            Crop::RandomResized { scale, ratio } => {
+            Crop::RandomResized { scale, ratio, interpolation: _ } => {
                 rising("crop.scale", scale, 0.0, 1.0)?;
                 rising("crop.ratio", ratio, 0.0, 1000.0)?;
             }
-            Crop::Center { fraction } => {
+            Crop::Center { fraction, interpolation: _ } => {
                 if !(0.01..=1.0).contains(&fraction) {
                     return Err(format!("`crop.fraction` must lie in 0.01 to 1, found {fraction}"));
                 }
@@ -200,7 +217,7 @@ impl ViewRecipe {
     /// torchvision 0.29.2, the transforms' `get_params`: same distributions. The stream of random numbers is our own.
     pub fn draw(&self, rng: &mut KeyedRng, height: usize, width: usize) -> ViewParams {
         let crop = match self.crop {
-            Crop::RandomResized { scale, ratio } => crop::draw(rng, height, width, as_f32(scale), as_f32(ratio)),
+            Crop::RandomResized { scale, ratio, .. } => crop::draw(rng, height, width, as_f32(scale), as_f32(ratio)),
             Crop::Center { .. } => CropBox::whole(height, width),
         };
         let jitter = self.color_jitter.filter(|jitter| rng.unit_f32() <= jitter.probability as f32);
@@ -254,10 +271,14 @@ impl ViewRecipe {
         let Scratch { level, resize, planes, blur } = scratch;
         let level = *level;
         crop_resize(level, image, &self.geometry(params, order, size), resize, planes);
+        let grey_first = self.grayscale.is_some_and(|step| step.before_jitter);
+        if params.grayscale && grey_first {
+            grayscale::apply(level, planes);
+        }
         if let (Some(drawn), Some(jitter)) = (&params.jitter, &self.color_jitter) {
             color_jitter::apply(level, planes, drawn, jitter.strengths());
         }
-        if params.grayscale {
+        if params.grayscale && !grey_first {
             grayscale::apply(level, planes);
         }
         if let Some(sigma) = params.blur_sigma {
@@ -271,14 +292,14 @@ impl ViewRecipe {
     }
 
     fn geometry(&self, params: &ViewParams, order: PassOrder, size: usize) -> Resize {
-        let (target, window) = match self.crop {
-            Crop::RandomResized { .. } => ((size, size), CropBox::whole(size, size)),
-            Crop::Center { fraction } => {
+        let (target, window, interpolation) = match self.crop {
+            Crop::RandomResized { interpolation, .. } => ((size, size), CropBox::whole(size, size), interpolation),
+            Crop::Center { fraction, interpolation } => {
                 let short = ((size as f64 / fraction).round() as usize).max(size);
                 let target = crop::resize_short_side(params.crop.height, params.crop.width, short);
-                (target, crop::center(target.0, target.1, size))
+                (target, crop::center(target.0, target.1, size), interpolation)
             }
         };
-        Resize { crop: params.crop, target, window, flip: params.flip, order }
+        Resize { crop: params.crop, target, window, flip: params.flip, order, interpolation }
     }
 }

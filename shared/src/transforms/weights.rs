@@ -1,7 +1,25 @@
-//! Filter weights of one axis of the antialiased bilinear resize, in the order of operations that Pillow uses.
+//! Filter weights of one axis of the antialiased resize, in the order of operations that Pillow uses.
+
+use super::resize::Interpolation;
 
 /// Fraction bits of a weight.
 pub(super) const BITS: u32 = 22;
+
+fn triangle(x: f64) -> f64 {
+    if x < 1.0 { 1.0 - x } else { 0.0 }
+}
+
+/// Keys's cubic convolution with a = -0.5, in the order of operations of Pillow's `bicubic_filter`.
+fn cubic(x: f64) -> f64 {
+    const A: f64 = -0.5;
+    if x < 1.0 {
+        ((A + 2.0) * x - (A + 3.0)) * x * x + 1.0
+    } else if x < 2.0 {
+        (((x - 5.0) * x + 8.0) * x - 4.0) * A
+    } else {
+        0.0
+    }
+}
 
 /// For each output position the first source position and the weights of the samples from there on.
 #[derive(Debug, Clone, Default)]
@@ -20,10 +38,22 @@ impl Weights {
     /// # Source
     /// Pillow 13.0.0, `src/libImaging/Resample.c`: half-open windows from rounded ends, weights normalised in f64, then rounded to
     /// 22 bits.
-    pub(super) fn fill(&mut self, source: usize, target: usize, from: usize, len: usize) -> std::ops::Range<usize> {
+    pub(super) fn fill(
+        &mut self,
+        interpolation: Interpolation,
+        source: usize,
+        target: usize,
+        from: usize,
+        len: usize,
+    ) -> std::ops::Range<usize> {
+        let (filter, radius): (fn(f64) -> f64, f64) = match interpolation {
+            Interpolation::Bilinear => (triangle, 1.0),
+            Interpolation::Bicubic => (cubic, 2.0),
+        };
         let scale = f64::from(source as f32) / target as f64;
-        let support = scale.max(1.0);
-        let inverse = 1.0 / support;
+        let stretch = scale.max(1.0);
+        let support = radius * stretch;
+        let inverse = 1.0 / stretch;
         self.stride = support.ceil() as usize * 2 + 2;
         self.start.clear();
         self.count.clear();
@@ -37,13 +67,13 @@ impl Weights {
             let real = &mut self.real[..high - low];
             let mut sum = 0.0;
             for (t, w) in real.iter_mut().enumerate() {
-                let x = (((t + low) as f64 - center + 0.5) * inverse).abs();
-                *w = if x < 1.0 { 1.0 - x } else { 0.0 };
+                *w = filter((((t + low) as f64 - center + 0.5) * inverse).abs());
                 sum += *w;
             }
             for (fixed, w) in slot.iter_mut().zip(real) {
                 let w = if sum == 0.0 { *w } else { *w / sum };
-                *fixed = (0.5 + w * f64::from(1u32 << BITS)) as i32;
+                // rounded half away from 0: the cast truncates
+                *fixed = (0.5f64.copysign(w) + w * f64::from(1u32 << BITS)) as i32;
             }
             self.start.push(low as u32);
             self.count.push((high - low) as u32);
@@ -91,15 +121,23 @@ impl Weights {
 mod tests {
     use super::*;
 
+    const FILTERS: [Interpolation; 2] = [Interpolation::Bilinear, Interpolation::Bicubic];
+
     #[test]
     fn weights_of_every_output_sum_to_one() {
-        for (source, target) in [(500, 224), (33, 224), (1, 7), (4000, 3), (224, 224)] {
-            let mut weights = Weights::default();
-            assert_eq!(weights.fill(source, target, 0, target), 0..source);
-            for (start, taps) in weights.iter() {
-                assert!(start + taps.len() <= source);
-                let sum: i32 = taps.iter().sum();
-                assert!((sum - (1 << BITS)).unsigned_abs() as usize <= taps.len(), "{source} -> {target}: {sum}");
+        for filter in FILTERS {
+            for (source, target) in [(500, 224), (33, 224), (1, 7), (4000, 3), (224, 224)] {
+                let mut weights = Weights::default();
+                assert_eq!(weights.fill(filter, source, target, 0, target), 0..source);
+                for (start, taps) in weights.iter() {
+                    assert!(start + taps.len() <= source);
+                    let sum: i32 = taps.iter().sum();
+                    let off = (sum - (1 << BITS)).unsigned_abs() as usize;
+                    assert!(off <= taps.len(), "{filter:?} {source} -> {target}: {sum}");
+                    // a sum of bytes with these weights fits 32 bits
+                    let size: i64 = taps.iter().map(|w| i64::from(w.abs())).sum();
+                    assert!(size * 255 + (1 << (BITS - 1)) < i64::from(i32::MAX), "{filter:?} {source} -> {target}");
+                }
             }
         }
     }
@@ -107,10 +145,12 @@ mod tests {
     #[test]
     fn equal_sizes_give_the_identity() {
         let mut weights = Weights::default();
-        let used = weights.fill(9, 9, 2, 5);
-        for (i, (start, taps)) in weights.iter().enumerate() {
-            for (t, w) in taps.iter().enumerate() {
-                assert_eq!(*w, i32::from(used.start + start + t == i + 2) << BITS, "{i} {t}");
+        for filter in FILTERS {
+            let used = weights.fill(filter, 9, 9, 2, 5);
+            for (i, (start, taps)) in weights.iter().enumerate() {
+                for (t, w) in taps.iter().enumerate() {
+                    assert_eq!(*w, i32::from(used.start + start + t == i + 2) << BITS, "{i} {t}");
+                }
             }
         }
     }
@@ -118,8 +158,8 @@ mod tests {
     #[test]
     fn window_is_a_part_of_the_whole() {
         let (mut whole, mut part) = (Weights::default(), Weights::default());
-        whole.fill(500, 341, 0, 341);
-        let used = part.fill(500, 341, 58, 224);
+        whole.fill(Interpolation::Bicubic, 500, 341, 0, 341);
+        let used = part.fill(Interpolation::Bicubic, 500, 341, 58, 224);
         for i in 0..224 {
             let (start, taps) = whole.at(i + 58);
             assert_eq!(part.at(i), (start - used.start, taps));

@@ -29,7 +29,7 @@ pub(crate) fn write_shards(directory: &Path, samples: usize, views: usize, seed:
         }
         files.push(writer.finish()?);
     }
-    let details = ShardSetDetails { views, height: SIZE, width: SIZE, classes: Vec::new() };
+    let details = ShardSetDetails { views, height: SIZE, width: SIZE, ..ShardSetDetails::default() };
     let identity = Identity::new(Stage::DataPrep, &serde_json::json!({}), seed, Vec::new())?;
     let counts = BTreeMap::from([("samples".to_string(), samples as u64)]);
     Manifest::new(identity, counts, serde_json::json!(details), files).write(directory)

@@ -226,7 +226,8 @@ fn verify_finds_changed_files_other_shards_and_other_weights() {
         embeddings: bench.config.output.clone(),
         shards: None,
         weights: Some(bench.config.weights.clone()),
-        sample: 5,
+        sample: 10,
+        seed: 0,
         threads: None,
         json: false,
         quiet: true,
@@ -278,14 +279,17 @@ fn verify_finds_rows_that_are_not_the_teachers() {
         embeddings: bench.config.output.clone(),
         shards: None,
         weights: None,
-        sample: 14,
+        sample: 28,
+        seed: 0,
         threads: None,
         json: false,
         quiet: true,
     };
     assert!(verify(&config).is_ok(), "the hashes agree");
     let error = verify(&VerifyConfig { weights: Some(bench.config.weights), ..config }).unwrap_err();
-    assert!(error.to_string().contains("sample 11, view 0: cosine distance"), "{error}");
+    let first = format!("view 0 of sample {:016x} by", shards.sample_id(SAMPLES[0]));
+    assert!(error.to_string().contains("6 of 28 rows") && error.to_string().contains(&first), "{error}");
+    assert!(error.to_string().ends_with(", ..."), "{error}");
 }
 
 #[test]
@@ -387,7 +391,8 @@ fn pixels_are_normalised_as_asked_and_as_the_architecture_was_published() {
             embeddings: config.output.clone(),
             shards: None,
             weights: Some(weights.clone()),
-            sample: 5,
+            sample: 10,
+            seed: 0,
             threads: None,
             json: false,
             quiet: true,

@@ -217,7 +217,7 @@ fn write_shards(path: &Path, side: usize) -> Result<()> {
     for (id, pixels) in pixels.chunks(row).enumerate() {
         writer.push(id as u64, -1, pixels, &[0.0; VIEWS * VIEW_PARAMETERS.len()])?;
     }
-    let details = ShardSetDetails { views: VIEWS, height: side, width: side, classes: Vec::new() };
+    let details = ShardSetDetails { views: VIEWS, height: side, width: side, ..ShardSetDetails::default() };
     let counts = BTreeMap::from([("samples".into(), SAMPLES as u64)]);
     output.finish(counts, serde_json::to_value(details)?, vec![writer.finish()?])?;
     Ok(())

@@ -1,4 +1,4 @@
-//! The typeface of the pictures, `DejaVu` Sans, embedded: measuring text, shortening it, and painting it pixel by pixel.
+//! The typeface of all pictures, `DejaVu` Sans, embedded: measuring text, shortening it, and painting it pixel by pixel.
 
 use std::sync::LazyLock;
 
@@ -12,7 +12,7 @@ const MARGIN: f64 = 0.14;
 
 /// A weight of the typeface.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Weight {
+pub enum Weight {
     /// For almost everything.
     Regular,
     /// For titles.
@@ -31,13 +31,13 @@ fn font(weight: Weight) -> Option<&'static FontRef<'static>> {
 }
 
 /// Width and height of a line of text whose em is `size` pixels.
-pub(crate) fn measure(text: &str, size: f64, weight: Weight) -> (f64, f64) {
+pub fn measure(text: &str, size: f64, weight: Weight) -> (f64, f64) {
     let (_, width) = lay_out(text, size, weight);
     (width, (CAPITAL + 2.0 * MARGIN) * size)
 }
 
 /// Shortens `text` in its middle until it is at most `width` wide.
-pub(crate) fn fit(text: &str, size: f64, weight: Weight, width: f64) -> String {
+pub fn fit(text: &str, size: f64, weight: Weight, width: f64) -> String {
     let wide = |text: &str| measure(text, size, weight).0 > width;
     if !wide(text) {
         return text.to_string();
@@ -55,7 +55,7 @@ pub(crate) fn fit(text: &str, size: f64, weight: Weight, width: f64) -> String {
 }
 
 /// Calls `paint` with (x, y, coverage) for every pixel of a line of text whose upper left corner is (0, 0).
-pub(crate) fn paint(text: &str, size: f64, weight: Weight, mut paint: impl FnMut(i32, i32, f64)) {
+pub fn paint(text: &str, size: f64, weight: Weight, mut paint: impl FnMut(i32, i32, f64)) {
     let Some(font) = font(weight) else { return };
     let baseline = ((CAPITAL + MARGIN) * size) as f32;
     for mut glyph in lay_out(text, size, weight).0 {

@@ -4,6 +4,13 @@
 //! [`Identity`] of what is being made. The stage then commits whole files. [`OutputDir::finish`] writes `manifest.json` and
 //! removes `unfinished.json`. Beginning again compares identities: equal and finished is a no-op, equal and unfinished
 //! resumes, anything else is refused unless the user says `--overwrite`.
+//!
+//! A directory that several processes or machines write in parts is begun with [`PartDir::begin`] and closed with [`PartSet`].
+
+mod claim;
+mod parts;
+
+pub use parts::{BegunPart, Part, PartDir, PartRecord, PartSet};
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
@@ -12,7 +19,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::error::{Error, Fault, Result};
-use crate::io::{FileEntry, create_directory, remove_temporaries, write_json};
+use crate::io::{FileEntry, create_directory, remove_files, remove_temporaries, write_json};
 use crate::manifest::{Identity, MANIFEST_FILE, Manifest, Stage};
 
 /// Records what an unfinished directory is going to be.
@@ -47,15 +54,10 @@ impl OutputDir {
     pub fn begin(path: impl AsRef<Path>, identity: &Identity, overwrite: bool) -> Result<Begun> {
         let path = path.as_ref().to_path_buf();
         let stage = identity.stage;
-        if path.exists() && !path.is_dir() {
-            return Err(Error::Foreign { path, stage: stage.name() });
-        }
-        let ours = path.join(MANIFEST_FILE).exists() || path.join(UNFINISHED_FILE).exists();
-        if !ours && path.is_dir() && !holds_only_traces(&path)? {
-            return Err(Error::Foreign { path, stage: stage.name() });
-        }
+        refuse_foreign(&path, stage)?;
         create_directory(&path)?;
         let lock = take_lock(&path)?;
+        parts::refuse_unfinished_parts(&path, overwrite)?;
         remove_temporaries(&path)?;
 
         let found = if path.join(MANIFEST_FILE).exists() {
@@ -64,6 +66,7 @@ impl OutputDir {
                 Ok(manifest) => {
                     refuse_difference(&path, identity, &manifest.identity)?;
                     manifest.check_lengths(&path)?;
+                    remove_records(&path)?;
                     return Ok(Begun::Finished(manifest));
                 }
                 // A damaged manifest of the same stage may be overwritten; another stage's directory never.
@@ -105,12 +108,22 @@ impl OutputDir {
     pub fn finish(self, counts: BTreeMap<String, u64>, details: Value, files: Vec<FileEntry>) -> Result<Manifest> {
         let manifest = Manifest::new(self.identity, counts, details, files);
         manifest.write(&self.path)?;
-        let unfinished = self.path.join(UNFINISHED_FILE);
-        if unfinished.exists() {
-            fs::remove_file(&unfinished).map_err(Error::io("remove", &unfinished))?;
-        }
+        remove_records(&self.path)?;
         Ok(manifest)
     }
+}
+
+/// Removes what only an unfinished directory holds.
+fn remove_records(path: &Path) -> Result<()> {
+    remove_files(path, |name| name == UNFINISHED_FILE || parts::is_record(name))
+}
+
+fn refuse_foreign(path: &Path, stage: Stage) -> Result<()> {
+    let ours = path.join(MANIFEST_FILE).exists() || path.join(UNFINISHED_FILE).exists();
+    if path.exists() && !ours && (!path.is_dir() || !holds_only_traces(path)?) {
+        return Err(Error::Foreign { path: path.into(), stage: stage.name() });
+    }
+    Ok(())
 }
 
 /// What a directory is or is going to be, as `stage` recorded it; none when there is no record.
@@ -152,7 +165,7 @@ fn holds_only_traces(path: &Path) -> Result<bool> {
     for entry in fs::read_dir(path).map_err(Error::io("list", path))? {
         let name = entry.map_err(Error::io("list", path))?.file_name();
         let name = name.to_string_lossy();
-        if name != LOCK_FILE && !name.starts_with(crate::io::TEMPORARY_PREFIX) {
+        if name != LOCK_FILE && !name.starts_with(crate::io::TEMPORARY_PREFIX) && !parts::is_record(&name) {
             return Ok(false);
         }
     }
@@ -160,18 +173,21 @@ fn holds_only_traces(path: &Path) -> Result<bool> {
 }
 
 fn take_lock(path: &Path) -> Result<File> {
-    let lock_path = path.join(LOCK_FILE);
-    let lock = File::options()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(&lock_path)
-        .map_err(Error::io("create", &lock_path))?;
-    match lock.try_lock() {
-        Ok(()) => Ok(lock),
+    let (file, lock_path) = open_lock(path)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(Error::Locked { path: path.into() }),
         Err(TryLockError::Error(source)) => Err(Error::io("lock", &lock_path)(source)),
     }
+}
+
+fn open_lock(path: &Path) -> Result<(File, PathBuf)> {
+    let lock_path = path.join(LOCK_FILE);
+    let mut options = File::options();
+    // Some network file systems give a shared lock only on what is open for reading.
+    options.read(true).write(true).create(true).truncate(false);
+    let file = options.open(&lock_path).map_err(Error::io("create", &lock_path))?;
+    Ok((file, lock_path))
 }
 
 /// Empties a directory of ours. The manifest goes first, so that an interruption leaves it unfinished, not wrong.
