@@ -311,8 +311,8 @@ fn parquet_rows_without_image_or_sound_label_are_rejects() {
     let results: Vec<_> = listing.samples.iter().map(|sample| load(&listing, sample, &mut reader)).collect();
     assert_eq!((&results[0], &results[2]), (&Ok(picture(50)), &Ok(picture(51))));
     assert_eq!(listing.samples[2].label, -1);
-    assert_eq!(results[1], Err("the row holds no image".into()));
-    assert_eq!(results[3], Err("the row holds no image".into()));
+    assert!(results[1].as_ref().is_err_and(|reason| reason.contains("holds no image")));
+    assert!(results[3].as_ref().is_err_and(|reason| reason.contains("holds no image")));
     assert!(results[4].as_ref().unwrap_err().contains("label 7 is outside the 3 classes"));
 }
 
