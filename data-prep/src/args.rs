@@ -13,9 +13,9 @@ use crate::config::{NumberOrText, PassOrderFlag};
 /// Packs images into shards of ready-made views, which the other stages read by memory map
 ///
 /// The input is a folder of classes (one directory per class, as torchvision reads it: classes are sorted by
-/// name) or a flat folder without classes. JPEG, PNG, WebP and BMP are told by their contents. What is packed is the picture a
-/// person sees: grey, palette, 16-bit, CMYK and transparent images (laid over white) become 8-bit RGB. The EXIF orientation is
-/// not applied, as in torchvision. Images that cannot be used are named in `rejects.jsonl` with the reason.
+/// name) or a flat folder without classes. JPEG, PNG, WebP, BMP, GIF, TIFF and PNM are told by their contents. What is packed is
+/// the picture a person sees: grey, palette, 16-bit, CMYK and transparent images (laid over white) become 8-bit RGB. The EXIF
+/// orientation is not applied, as in torchvision. Images that cannot be used are named in `rejects.jsonl` with the reason.
 ///
 /// The same images, recipe and seed give the same bytes, with any number of threads and however often the work was interrupted:
 /// run the same command again to go on.
