@@ -16,8 +16,8 @@ use crate::source::SourceOptions;
 ///
 /// The input is a folder of classes (one directory per class, as torchvision reads it: classes are sorted by
 /// name), a flat folder without classes, ImageNet in its official archives or as Kaggle gives it, WebDataset tars, Parquet files of
-/// Hugging Face, CIFAR, or a list of paths. JPEG, PNG, WebP and BMP are told by their contents. What is packed is the picture a
-/// person sees: grey, palette, 16-bit, CMYK and transparent images (laid over white) become 8-bit RGB. The EXIF orientation is
+/// Hugging Face, CIFAR, or a list of paths. JPEG, PNG, WebP, BMP, GIF, TIFF and PNM are told by their contents. What is packed is the
+/// picture a person sees: grey, palette, 16-bit, CMYK and transparent images (laid over white) become 8-bit RGB. The EXIF orientation is
 /// not applied, as in torchvision. Images that cannot be used are named in `rejects.jsonl` with the reason.
 ///
 /// The same images, recipe and seed give the same bytes, with any number of threads, on one machine or on many, and however

@@ -86,6 +86,7 @@ pub fn crop_resize(level: Level, image: &RgbImage, resize: &Resize, scratch: &mu
     assert!(crop.is_inside(image.height(), image.width()), "the crop lies inside the image");
     assert!(window.is_inside(target.0, target.1), "the window lies inside the target");
     let ResizeScratch { across, down, lanes, between, lines } = scratch;
+    let lobes = interpolation == Interpolation::Bicubic;
     let columns = across.fill(interpolation, crop.width, target.1, window.left, window.width);
     let rows = down.fill(interpolation, crop.height, target.0, window.top, window.height);
     if flip {
@@ -102,9 +103,9 @@ pub fn crop_resize(level: Level, image: &RgbImage, resize: &Resize, scratch: &mu
             let count = BLOCK.min(window.height - y);
             for (i, row) in between.chunks_exact_mut(length).enumerate().take(count) {
                 let (start, weights) = down.at(y + i);
-                vertical_row(level, &source[start * pitch..], pitch, weights, row);
+                vertical_row(level, &source[start * pitch..], pitch, weights, lobes, row);
             }
-            horizontal_block(level, Rows { bytes: between, pitch: length, length, count }, across, lanes, lines);
+            horizontal_block(level, Rows { bytes: between, pitch: length, length, count }, across, lobes, lanes, lines);
             for (i, line) in lines.chunks_exact(line).enumerate().take(count) {
                 out.set_row(y + i, line);
             }
@@ -114,12 +115,12 @@ pub fn crop_resize(level: Level, image: &RgbImage, resize: &Resize, scratch: &mu
     between.resize(rows.len() * line, 0);
     for (i, lines) in between.chunks_mut(line * BLOCK).enumerate() {
         let block = Rows { bytes: &source[i * BLOCK * pitch..], pitch, length, count: lines.len() / line };
-        horizontal_block(level, block, across, lanes, lines);
+        horizontal_block(level, block, across, lobes, lanes, lines);
     }
     lines.resize(line, 0);
     for y in 0..window.height {
         let (start, weights) = down.at(y);
-        vertical_row(level, &between[start * line..], line, weights, &mut lines[..line]);
+        vertical_row(level, &between[start * line..], line, weights, lobes, &mut lines[..line]);
         out.set_row(y, &lines[..line]);
     }
 }
@@ -148,7 +149,7 @@ struct LaneScratch {
 
 kernel! {
     /// Horizontal pass of a block. The result is rows of red, green and blue part, each as long as there are weights.
-    fn horizontal_block(rows: Rows<'_>, weights: &Weights, scratch: &mut LaneScratch, out: &mut [u8]) {
+    fn horizontal_block(rows: Rows<'_>, weights: &Weights, lobes: bool, scratch: &mut LaneScratch, out: &mut [u8]) {
         let LaneScratch { columns, sums } = scratch;
         // rows to columns: one `Lanes` for each byte position
         columns.resize(rows.length.next_multiple_of(BLOCK), [0; BLOCK]);
@@ -169,23 +170,10 @@ kernel! {
         // weighted sums, a lane for each row
         let width = weights.len();
         sums.resize((width * 3).next_multiple_of(BLOCK), [0; BLOCK]);
-        let (red, rest) = sums.split_at_mut(width);
-        let (green, rest) = rest.split_at_mut(width);
-        for ((((start, taps), red), green), blue) in weights.iter().zip(red).zip(green).zip(rest) {
-            let mut sum = [[1i32 << (BITS - 1); BLOCK]; 3];
-            let source = &columns[start * 3..(start + taps.len()) * 3];
-            for (pixel, &tap) in source.as_chunks::<3>().0.iter().zip(taps) {
-                for c in 0..3 {
-                    for i in 0..BLOCK {
-                        sum[c][i] = sum[c][i].wrapping_add(i32::from(pixel[c][i]).wrapping_mul(tap));
-                    }
-                }
-            }
-            for (lane, sum) in [red, green, blue].into_iter().zip(&sum) {
-                for i in 0..BLOCK {
-                    lane[i] = (sum[i] >> BITS).clamp(0, 255) as u8;
-                }
-            }
+        if lobes {
+            sum_columns::<true>(columns, weights, sums);
+        } else {
+            sum_columns::<false>(columns, weights, sums);
         }
         // columns back to rows
         for (j, block) in sums.as_chunks::<BLOCK>().0.iter().enumerate() {
@@ -203,36 +191,78 @@ kernel! {
     }
 }
 
+#[expect(clippy::inline_always, reason = "it runs inside kernels, in their instruction set")]
+#[inline(always)]
+fn sum_columns<const LOBES: bool>(columns: &[Lanes], weights: &Weights, sums: &mut [Lanes]) {
+    let width = weights.len();
+    let (red, rest) = sums.split_at_mut(width);
+    let (green, blue) = rest.split_at_mut(width);
+    for ((((start, taps), red), green), blue) in weights.iter().zip(red).zip(green).zip(blue) {
+        let mut sum = [[1i32 << (BITS - 1); BLOCK]; 3];
+        let source = &columns[start * 3..(start + taps.len()) * 3];
+        for (pixel, &tap) in source.as_chunks::<3>().0.iter().zip(taps) {
+            for c in 0..3 {
+                for i in 0..BLOCK {
+                    sum[c][i] = sum[c][i].wrapping_add(i32::from(pixel[c][i]).wrapping_mul(tap));
+                }
+            }
+        }
+        for (lane, sum) in [red, green, blue].into_iter().zip(&sum) {
+            for i in 0..BLOCK {
+                lane[i] = to_byte::<LOBES>(sum[i]);
+            }
+        }
+    }
+}
+
+/// The byte of a weighted sum. Only weights with negative lobes can make it negative.
+#[expect(clippy::inline_always, reason = "it runs inside kernels, in their instruction set")]
+#[inline(always)]
+fn to_byte<const LOBES: bool>(sum: i32) -> u8 {
+    let sum = if LOBES { sum.max(0) } else { sum };
+    (sum >> BITS).min(255) as u8
+}
+
 /// Bytes that the vertical pass computes together.
 const WIDE: usize = 64;
 
 kernel! {
     /// Weighted sum of rows: `rows` holds rows `pitch` bytes apart, `taps` one weight for each of the first ones.
-    fn vertical_row(rows: &[u8], pitch: usize, taps: &[i32], out: &mut [u8]) {
-        let width = out.len();
-        if width < WIDE {
-            for (x, byte) in out.iter_mut().enumerate() {
-                let mut sum = 1i32 << (BITS - 1);
-                for (t, &tap) in taps.iter().enumerate() {
-                    sum = sum.wrapping_add(i32::from(rows[t * pitch + x]).wrapping_mul(tap));
-                }
-                *byte = (sum >> BITS).clamp(0, 255) as u8;
-            }
-            return;
+    fn vertical_row(rows: &[u8], pitch: usize, taps: &[i32], lobes: bool, out: &mut [u8]) {
+        if lobes {
+            sum_rows::<true>(rows, pitch, taps, out);
+        } else {
+            sum_rows::<false>(rows, pitch, taps, out);
         }
-        for x in (0..width).step_by(WIDE) {
-            // the last block overlaps the one before it
-            let x = x.min(width - WIDE);
-            let mut sum = [1i32 << (BITS - 1); WIDE];
+    }
+}
+
+#[expect(clippy::inline_always, reason = "it runs inside kernels, in their instruction set")]
+#[inline(always)]
+fn sum_rows<const LOBES: bool>(rows: &[u8], pitch: usize, taps: &[i32], out: &mut [u8]) {
+    let width = out.len();
+    if width < WIDE {
+        for (x, byte) in out.iter_mut().enumerate() {
+            let mut sum = 1i32 << (BITS - 1);
             for (t, &tap) in taps.iter().enumerate() {
-                let row = &rows[t * pitch + x..][..WIDE];
-                for i in 0..WIDE {
-                    sum[i] = sum[i].wrapping_add(i32::from(row[i]).wrapping_mul(tap));
-                }
+                sum = sum.wrapping_add(i32::from(rows[t * pitch + x]).wrapping_mul(tap));
             }
-            for (byte, sum) in out[x..x + WIDE].iter_mut().zip(&sum) {
-                *byte = (sum >> BITS).clamp(0, 255) as u8;
+            *byte = to_byte::<LOBES>(sum);
+        }
+        return;
+    }
+    for x in (0..width).step_by(WIDE) {
+        // the last block overlaps the one before it
+        let x = x.min(width - WIDE);
+        let mut sum = [1i32 << (BITS - 1); WIDE];
+        for (t, &tap) in taps.iter().enumerate() {
+            let row = &rows[t * pitch + x..][..WIDE];
+            for i in 0..WIDE {
+                sum[i] = sum[i].wrapping_add(i32::from(row[i]).wrapping_mul(tap));
             }
+        }
+        for (byte, sum) in out[x..x + WIDE].iter_mut().zip(&sum) {
+            *byte = to_byte::<LOBES>(*sum);
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Filter weights of one axis of the antialiased resize, in the order of operations that Pillow uses.
 
+use std::ops::Range;
+
 use super::resize::Interpolation;
 
 /// Fraction bits of a weight.
@@ -45,11 +47,22 @@ impl Weights {
         target: usize,
         from: usize,
         len: usize,
-    ) -> std::ops::Range<usize> {
-        let (filter, radius): (fn(f64) -> f64, f64) = match interpolation {
-            Interpolation::Bilinear => (triangle, 1.0),
-            Interpolation::Bicubic => (cubic, 2.0),
-        };
+    ) -> Range<usize> {
+        match interpolation {
+            Interpolation::Bilinear => self.fill_with(triangle, 1.0, source, target, from..from + len),
+            Interpolation::Bicubic => self.fill_with(cubic, 2.0, source, target, from..from + len),
+        }
+    }
+
+    /// As [`Weights::fill`] for the outputs `kept`, with a filter that is 0 from `radius` on.
+    fn fill_with(
+        &mut self,
+        filter: impl Fn(f64) -> f64,
+        radius: f64,
+        source: usize,
+        target: usize,
+        kept: Range<usize>,
+    ) -> Range<usize> {
         let scale = f64::from(source as f32) / target as f64;
         let stretch = scale.max(1.0);
         let support = radius * stretch;
@@ -58,10 +71,10 @@ impl Weights {
         self.start.clear();
         self.count.clear();
         self.weight.clear();
-        self.weight.resize(len * self.stride, 0);
+        self.weight.resize(kept.len() * self.stride, 0);
         self.real.resize(self.stride, 0.0);
         for (i, slot) in self.weight.chunks_exact_mut(self.stride).enumerate() {
-            let center = ((from + i) as f64 + 0.5) * scale;
+            let center = ((kept.start + i) as f64 + 0.5) * scale;
             let low = ((center - support + 0.5) as i64).max(0) as usize;
             let high = ((center + support + 0.5) as i64).min(source as i64) as usize;
             let real = &mut self.real[..high - low];
