@@ -398,10 +398,10 @@ mod tests {
     fn header_written_last_is_hashed_first() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a");
-        let header: [u8; HEADER_BYTES] = std::array::from_fn(|i| i as u8);
+        let header: [u8; HEADER_BYTES] = std::array::from_fn(|i| u8::try_from(i % 251).unwrap());
         // around the parts' ends at 4096, 8192, 16384 and 32768, appended in pieces of several lengths
         for length in [0, 1, 1023, 4095, 4096, 4097, 8192, 12287, 12288, 12289, 28672, 28673, 100_000] {
-            let body: Vec<u8> = (0..length).map(|i| (i * 7 % 251) as u8).collect();
+            let body: Vec<u8> = (0..length).map(|i| u8::try_from(i * 7 % 251).unwrap()).collect();
             for piece in [997, 4096, 1 << 20] {
                 let mut file = HeaderLastFile::create(&path).unwrap();
                 body.chunks(piece).for_each(|piece| file.append(piece).unwrap());

@@ -41,6 +41,7 @@ impl EpochSampler {
     }
 
     /// The same sampler with another order of the samples.
+    #[must_use]
     pub fn with_order(self, order: Order) -> Self {
         Self { order, ..self }
     }

@@ -165,7 +165,7 @@ mod tests {
                 assert_eq!((image.height(), image.width()), (24, 40));
             }
         }
-        assert!(encode(&[0; 3 * 70_000], (1, 70_000), 90, &mut Vec::new()).is_err());
+        assert!(encode(&vec![0; 3 * 70_000], (1, 70_000), 90, &mut Vec::new()).is_err());
     }
 
     #[test]

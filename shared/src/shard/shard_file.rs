@@ -250,7 +250,7 @@ impl Shard {
                 && self.stored(row, View::Global(0))? == sample.global.bytes;
             return Ok((!same).then(|| "source image".into()));
         }
-        let views: [(&str, fn(usize) -> View); 2] = [("view", View::Global), ("local view", View::Local)];
+        let views: [Kind; 2] = [("view", View::Global), ("local view", View::Local)];
         for (pictures, ((name, of), pieces)) in
             self.layout.kinds().zip(views.into_iter().zip([&sample.global, &sample.local]))
         {
@@ -304,6 +304,9 @@ impl Shard {
         found
     }
 }
+
+/// A kind of view, for people and for programs.
+type Kind = (&'static str, fn(usize) -> View);
 
 #[expect(clippy::panic, reason = "an index out of range, as of a slice")]
 fn outside(row: usize, view: View) -> ! {

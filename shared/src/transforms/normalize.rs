@@ -102,6 +102,7 @@ const LANES: usize = 48;
 const INVERSE_HIGH: f32 = 32_896.0 / 8_388_608.0;
 const INVERSE_LOW: f32 = (1.0 / 255.0 - 32_896.0f64 / 8_388_608.0) as f32;
 
+#[expect(clippy::inline_always, reason = "a part of the kernel, to be compiled for its level")]
 #[inline(always)]
 fn normalized(byte: u8, mean: f32, std: f32) -> f32 {
     let value = f32::from(byte);

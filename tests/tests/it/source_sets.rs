@@ -76,7 +76,7 @@ fn embeddings_verify_against_a_second_packing_elsewhere() -> Result<()> {
     for (name, bytes) in contents(&scratch.path().join("here/photos"))? {
         let path = there.join("pictures").join(name);
         fs::create_dir_all(path.parent().unwrap_or(&there))?;
-        fs::write(path, bytes)?;
+        shared::io::write_atomic(path, &bytes)?;
     }
     let there = there.display();
     data_prep(&format!("pack --input {there}/pictures --output {there}/packed --threads 2 {recipe}"))?;
