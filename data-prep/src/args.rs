@@ -44,8 +44,8 @@ pub enum Command {
     /// `finish` then closes the set, which has the same bytes as one packed whole.
     ///
     /// Memory: pictures being decoded take at most 256 MiB and 128 MiB more for each thread, or what one picture takes if that is
-    /// more; larger ones wait for each other. Finished samples that wait to be written take at most 256 MiB, or one sample for
-    /// each thread and one more.
+    /// more; larger ones wait for each other. Finished samples that wait to be written take at most 256 MiB, and one sample for
+    /// each thread on top.
     ///
     /// How inputs are read:
     ///

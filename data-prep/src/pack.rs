@@ -26,7 +26,7 @@ use crate::config::PackConfig;
 use crate::finish::PartOutcome;
 use crate::memory::MemoryBudget;
 use crate::order::packing_order;
-use crate::ordered::ordered;
+use crate::ordered::{Window, ordered};
 use crate::source::{Listing, Sample};
 use crate::views::{SampleViews, Worker, make_views};
 
@@ -368,7 +368,9 @@ impl Job<'_> {
         let pool: Mutex<Vec<SampleViews>> = Mutex::new(Vec::new());
         let pool = || pool.lock().unwrap_or_else(PoisonError::into_inner);
         let sample_bytes = usize::try_from(config.shards.sample_bytes()).unwrap_or(usize::MAX);
-        let window = (WAITING_BYTES / sample_bytes.max(1)).clamp(config.threads + 1, config.threads * 16);
+        let items = (WAITING_BYTES / sample_bytes.max(1)).clamp(config.threads + 1, config.threads * 16);
+        let window = Window { items, bytes: WAITING_BYTES };
+        let size = |result: &Result<SampleViews, String>| result.as_ref().map_or(0, kept_bytes);
         let budget = MemoryBudget::of_threads(config.threads);
         let worker = || Worker::new(config.level, budget.clone());
         let work = |worker: &mut Worker, item: usize| {
@@ -399,7 +401,10 @@ impl Job<'_> {
                 match result {
                     Ok(views) => {
                         writer.push_sample(sample.id, sample.label, &views)?;
-                        pool().push(views);
+                        // memory of a sample that is large for this set is not kept
+                        if kept_bytes(&views) <= WAITING_BYTES / items {
+                            pool().push(views);
+                        }
                     }
                     Err(reason) => {
                         progress.note(&format!("rejected `{}`: {reason}", sample.name));
@@ -418,7 +423,7 @@ impl Job<'_> {
                 }
                 Ok(())
             };
-            let written = ordered((todo.len(), config.threads, window), worker, work, consume);
+            let written = ordered((todo.len(), config.threads, window), worker, work, size, consume);
             drop(full);
             let finished: Result<()> = finisher.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             finished.and(written)
@@ -448,6 +453,11 @@ impl Job<'_> {
             )),
         }
     }
+}
+
+/// The memory that a finished sample keeps.
+fn kept_bytes(views: &SampleViews) -> usize {
+    views.global.bytes.capacity() + views.local.bytes.capacity()
 }
 
 fn first_of(rejects: &[Reject]) -> String {

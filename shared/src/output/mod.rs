@@ -8,9 +8,11 @@
 //! A directory that several processes or machines write in parts is begun with [`PartDir::begin`] and closed with [`PartSet`].
 
 mod claim;
+mod part;
 mod parts;
 
-pub use parts::{BegunPart, Part, PartDir, PartRecord, PartSet};
+pub use part::Part;
+pub use parts::{BegunPart, PartDir, PartRecord, PartSet};
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};

@@ -11,95 +11,19 @@
 //! above, so that the directory is what one process would have written.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::claim::{Asked, Claim, LEASE, lock_is_free};
+use super::part::{LARGEST_NUMBER, Part};
 use super::{UNFINISHED_FILE, open_lock, read_unfinished, refuse_difference, refuse_foreign, remove_records};
 use crate::error::{Error, Fault, Result};
 use crate::io::{FileEntry, create_directory, remove_temporaries, remove_temporaries_of, write_json, write_new_json};
 use crate::manifest::{Identity, MANIFEST_FILE, Manifest, PARTS_FILE, Stage};
-
-const LARGEST_NUMBER: usize = 99_999;
-
-/// One of several parts of a work: part `number` of `of`, counted from 1.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Part {
-    number: usize,
-    of: usize,
-}
-
-impl Part {
-    /// Part `number` of `of`.
-    ///
-    /// # Errors
-    /// [`Error::Usage`] when there is no such part.
-    pub fn new(number: usize, of: usize) -> Result<Self> {
-        if (1..=of).contains(&number) && of <= LARGEST_NUMBER {
-            return Ok(Self { number, of });
-        }
-        Err(Error::usage(format!("`{number}/{of}` is no part: parts are numbered from 1/{of} to {of}/{of}")))
-    }
-
-    /// Which it is, from 1.
-    pub fn number(self) -> usize {
-        self.number
-    }
-
-    /// How many there are.
-    pub fn of(self) -> usize {
-        self.of
-    }
-
-    /// Whether the piece of work with this index, from 0, belongs to it. Pieces are dealt in turn.
-    pub fn owns(self, index: usize) -> bool {
-        index % self.of == self.number - 1
-    }
-
-    fn stem(self) -> String {
-        format!("part-{:05}-of-{:05}", self.number, self.of)
-    }
-
-    fn record_file(self) -> String {
-        format!("{}.json", self.stem())
-    }
-
-    fn claim_file(self) -> String {
-        format!(".{}.owner", self.stem())
-    }
-
-    /// The part that a record or a claim belongs to.
-    fn of_file(name: &str) -> Option<Self> {
-        let stem = name.strip_prefix('.').and_then(|name| name.strip_suffix(".owner")).or(name.strip_suffix(".json"))?;
-        let (number, of) = stem.strip_prefix("part-")?.split_once("-of-")?;
-        Self::new(number.parse().ok()?, of.parse().ok()?).ok().filter(|part| part.stem() == stem)
-    }
-}
-
-impl fmt::Display for Part {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "part {} of {}", self.number, self.of)
-    }
-}
-
-impl FromStr for Part {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let numbers = text.split_once('/').and_then(|(number, of)| Some((number.parse().ok()?, of.parse().ok()?)));
-        match numbers {
-            Some((number, of)) => Self::new(number, of),
-            None => Err(Error::usage(format!("`{text}` is not a part such as 2/4: part 2 of 4"))),
-        }
-    }
-}
 
 /// What a finished part made; `T` is what the stage needs to close the directory.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -259,13 +183,13 @@ fn announce(path: &Path, identity: &Identity, part: Part) -> Result<()> {
                 format!("run `{}` without `--part` to go on, or choose another `--output`", stage.name()),
             ));
         }
-        write_new_json(&path.join(PARTS_FILE), &Announced { parts: part.of })?;
+        write_new_json(&path.join(PARTS_FILE), &Announced { parts: part.of() })?;
     }
     // read again in any case: another part may have been faster
-    let parts = read_announced(path)?.unwrap_or(part.of);
-    if parts != part.of {
+    let parts = read_announced(path)?.unwrap_or(part.of());
+    if parts != part.of() {
         return Err(Error::invalid(
-            format!("`{}` is being made in {parts} parts, not in {}", path.display(), part.of),
+            format!("`{}` is being made in {parts} parts, not in {}", path.display(), part.of()),
             format!("give `--part i/{parts}`, or choose another `--output`"),
         ));
     }
@@ -310,7 +234,7 @@ pub(super) fn refuse_unfinished_parts(path: &Path, overwrite: bool) -> Result<()
             ),
         ));
     }
-    match (1..=parts).find_map(|number| holder_of(path, Part { number, of: parts })) {
+    match (1..=parts).find_map(|number| holder_of(path, Part::new(number, parts).ok()?)) {
         Some(_) => Err(Error::Locked { path: path.into() }),
         None => Ok(()),
     }
@@ -362,9 +286,9 @@ impl<T: DeserializeOwned> PartSet<T> {
             });
         };
         refuse_records_of_others(&path, parts)?;
-        let all = (1..=parts).map(|number| Part { number, of: parts });
+        let all: Vec<Part> = (1..=parts).map(|number| Part::new(number, parts)).collect::<Result<_>>()?;
         let found: Vec<(Part, Option<PartRecord<T>>)> =
-            all.map(|part| Ok((part, PartRecord::read(&path, part)?))).collect::<Result<_>>()?;
+            all.into_iter().map(|part| Ok((part, PartRecord::read(&path, part)?))).collect::<Result<_>>()?;
         let lost = found.iter().filter(|(_, record)| record.as_ref().is_none_or(|record| !record.has_its_files(&path)));
         let lost: Vec<Part> = lost.map(|(part, _)| *part).collect();
         if !lost.is_empty() {
@@ -419,7 +343,7 @@ impl<T> PartSet<T> {
 fn refuse_records_of_others(path: &Path, parts: usize) -> Result<()> {
     for entry in fs::read_dir(path).map_err(Error::io("list", path))? {
         let name = entry.map_err(Error::io("list", path))?.file_name();
-        if let Some(other) = Part::of_file(&name.to_string_lossy()).filter(|part| part.of != parts) {
+        if let Some(other) = Part::of_file(&name.to_string_lossy()).filter(|part| part.of() != parts) {
             return Err(Error::invalid(
                 format!("`{}` is being made in {parts} parts, but holds a record of {other}", path.display()),
                 "remove that file, or start again in an empty directory",
@@ -435,11 +359,11 @@ fn missing(path: &Path, parts: &[Part], command: &str) -> Error {
         let message = format!("{part} of `{}` is still being written by {holder}", path.display());
         return Error::invalid(message, "wait for it to end");
     }
-    let mut numbers: Vec<String> = parts.iter().take(NAMED).map(|part| part.number.to_string()).collect();
+    let mut numbers: Vec<String> = parts.iter().take(NAMED).map(|part| part.number().to_string()).collect();
     if parts.len() > NAMED {
         numbers.push(format!("{} more", parts.len() - NAMED));
     }
-    let Part { number, of } = parts[0];
+    let (number, of) = (parts[0].number(), parts[0].of());
     let subject = match numbers.split_last() {
         Some((last, first)) if !first.is_empty() => {
             format!("parts {} and {last} of {of} are missing", first.join(", "))
@@ -491,24 +415,6 @@ mod tests {
             .collect();
         names.sort();
         names
-    }
-
-    #[test]
-    fn parts_are_read_from_the_command_line() {
-        let part: Part = "2/4".parse().unwrap();
-        assert_eq!((part.number(), part.of(), part.to_string()), (2, 4, "part 2 of 4".into()));
-        for wrong in ["0/4", "5/4", "2", "2/", "a/b", "1/0", "-1/3", "1/100000"] {
-            assert_eq!(wrong.parse::<Part>().unwrap_err().exit_status(), 2, "{wrong}");
-        }
-    }
-
-    #[test]
-    fn every_piece_belongs_to_one_part() {
-        for of in [1, 3, 7, 20] {
-            for index in 0..30 {
-                assert_eq!((1..=of).filter(|&number| Part::new(number, of).unwrap().owns(index)).count(), 1);
-            }
-        }
     }
 
     #[test]
