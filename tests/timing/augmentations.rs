@@ -97,10 +97,7 @@ fn serve(args: &Args) -> Result<()> {
         .map(|path| std::fs::read(path).map_err(Error::io("read", path)))
         .collect::<Result<Vec<Vec<u8>>>>()?;
     let pictures = args.files.iter().map(|path| read(path)).collect::<Result<Vec<RgbImage>>>()?;
-    let small = pictures
-        .iter()
-        .map(|image| shared::transforms::resize_short_side(image, SHORT_SIDE, &mut bench.scratch))
-        .collect::<Result<Vec<_>>>()?;
+    let small = pictures.iter().map(shrink).collect::<Result<Vec<_>>>()?;
     print(Level::best().name())?;
     for line in std::io::stdin().lock().lines() {
         let line = line.map_err(Error::io("read", "standard input"))?;

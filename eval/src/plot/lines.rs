@@ -9,7 +9,7 @@ use shared::Result;
 
 use super::canvas::{AXIS, Area, Canvas, DrawError, GRID, INK, MUTED, TextLook, px, text, tick, whole_tick};
 use super::palette;
-use super::typeface::{self, Weight};
+use shared::typeface::{self, Weight};
 
 const WIDTH: f64 = 860.0;
 const PANEL_HEIGHT: f64 = 270.0;
