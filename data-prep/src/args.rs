@@ -98,7 +98,7 @@ pub enum Command {
     Verify(VerifyArgs),
     /// Describe a finished shard set, draw a contact sheet of its views or the picture of one sample
     ///
-    /// Example: data-prep inspect out/shards --grid sheet.png --sample n01440764/n01440764_10026.JPEG --picture one.png
+    /// Example: data-prep inspect out/shards --grid sheet.png --sample cat/1.jpg --picture one.png
     Inspect(InspectArgs),
     /// Give other views of a set of source images, without copying a pixel
     ///
