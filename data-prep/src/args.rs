@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use serde::{Deserialize, Serialize};
 use shared::cli::CommonArgs;
+use shared::ops::Isa;
 use shared::output::Part;
 use shared::shard::{Codec, PackingOrder, Store};
 use shared::transforms::built_in::BUILT_IN;
@@ -126,6 +127,11 @@ pub struct PackArgs {
     /// Pack only one of n parts, for example 2/4; parts run in any order, at the same time or not, and `finish` closes the set
     #[arg(long, value_name = "I/N")]
     pub part: Option<Part>,
+
+    /// Instruction set of the pixels' arithmetic at the most: portable, avx2 or avx512; the bytes are the same [default: the best one
+    /// that the machine has]
+    #[arg(long, value_name = "SET")]
+    pub isa: Option<Isa>,
 
     /// TOML file with these options as keys (input, output, recipe, shard-bytes, ...); flags win over it
     #[arg(long, value_name = "FILE")]

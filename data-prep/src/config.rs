@@ -211,7 +211,7 @@ impl PackConfig {
             quiet: common.quiet,
             overwrite: common.overwrite,
             part: None,
-            level: Level::best(),
+            level: Level::default(),
         })
     }
 }

@@ -27,6 +27,7 @@ pub use config::PackConfig;
 use shared::Result;
 use shared::cli::{print, print_json};
 use shared::progress::note;
+use shared::transforms::Level;
 
 /// Runs a command and prints its outcome: JSON and reports on standard output, everything else on standard error.
 ///
@@ -35,6 +36,9 @@ use shared::progress::note;
 pub fn run(args: &Args) -> Result<()> {
     match &args.command {
         Command::Pack(args) => {
+            if let Some(isa) = args.isa {
+                Level::limit(isa);
+            }
             let config = PackConfig::resolve(&args.pack, args.config.as_deref(), &args.common)?;
             let summary = pack::pack(&config.for_part(args.part)?)?;
             report(&summary, args.common.quiet, args.common.json)

@@ -192,7 +192,9 @@ impl RowReader {
         if skipped != skip as usize || rows != 1 {
             return Err(format!("`{}` is damaged: its column of images ends before this row", file.path.display()));
         }
-        let Some(image) = values.first() else { return Err("the row holds no image: the bytes must be in the file, a path is not followed".into()) };
+        let Some(image) = values.first() else {
+            return Err("the row holds no image: the bytes must be in the file, a path is not followed".into());
+        };
         if image.len() as u64 > LARGEST_IMAGE_BYTES {
             return Err("its image is too large".into());
         }
