@@ -10,7 +10,7 @@ use shared::data_loader::normalized_batch;
 use shared::manifest::{Identity, Manifest, Stage};
 use shared::rng::KeyedRng;
 use shared::shard::{
-    Codec, DEFAULT_QUALITY, Pieces, SampleViews, ShardConfig, ShardSet, ShardWriter, Store, StoredJpeg,
+    Codec, DEFAULT_QUALITY, PackingOrder, Pieces, SampleViews, ShardConfig, ShardSet, ShardWriter, Store, StoredJpeg,
     VIEW_PARAMETERS, encode_jpeg, shard_file_name,
 };
 use shared::transforms::decode::DECODER;
@@ -35,6 +35,7 @@ fn write_set(directory: &Path, store: Store, codec: Codec) -> shared::Result<Sha
         size: SIZE,
         store,
         codec,
+        order: PackingOrder::Random,
         shard_samples: SAMPLES,
         decoder: DECODER.into(),
         short_side: (store == Store::Source).then_some(SOURCE.0),

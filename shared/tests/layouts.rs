@@ -10,7 +10,8 @@ use shared::data_loader::normalized_batch;
 use shared::manifest::{Identity, Manifest, Stage};
 use shared::rng::KeyedRng;
 use shared::shard::{
-    Codec, SampleViews, ShardConfig, ShardSet, ShardWriter, Store, StoredJpeg, ViewReader, encode_jpeg, shard_file_name,
+    Codec, PackingOrder, SampleViews, ShardConfig, ShardSet, ShardWriter, Store, StoredJpeg, ViewReader, encode_jpeg,
+    shard_file_name,
 };
 use shared::tensor_file::{GrowingTensorFile, TensorFile, TensorSpec};
 use shared::transforms::decode::decode;
@@ -45,6 +46,7 @@ fn config(recipe: Recipe, store: Store, codec: Codec) -> ShardConfig {
         size: SIZE,
         store,
         codec,
+        order: PackingOrder::Random,
         shard_samples: 3,
         decoder: "none".into(),
         short_side: (store == Store::Source).then_some(0),
