@@ -331,7 +331,7 @@ mod tests {
             .collect();
         assert!(keys.len() > 15);
         for key in keys {
-            let known = ["1", "true", "\"resnet18\"", "\"step\""].iter().any(|value| {
+            let known = ["1", "true", "\"resnet18\"", "\"step\"", "\"quasi\""].iter().any(|value| {
                 let text = format!("{key} = {value}");
                 toml::from_str::<Options>(&text).is_ok()
             });
