@@ -1,5 +1,6 @@
 //! The order in which samples are packed: a permutation that the seed fixes.
 
+use shared::data_loader::quasi_order;
 use shared::rng::KeyedRng;
 use shared::shard::PackingOrder;
 
@@ -20,15 +21,7 @@ pub(crate) fn packing_order(samples: usize, seed: u64, order: PackingOrder) -> V
         }
         PackingOrder::Quasi => {
             let mut rng = KeyedRng::new("quasi-random pack order", seed, &[]);
-            let mut runs: Vec<usize> = (0..samples).step_by(RUN_SAMPLES).collect();
-            rng.shuffle(&mut runs);
-            let mut positions = Vec::with_capacity(samples);
-            for window in runs.chunks(WINDOW_RUNS) {
-                let start = positions.len();
-                positions.extend(window.iter().flat_map(|&run| run..samples.min(run + RUN_SAMPLES)));
-                rng.shuffle(&mut positions[start..]);
-            }
-            positions
+            quasi_order(samples, (RUN_SAMPLES, WINDOW_RUNS), &mut rng)
         }
     }
 }
