@@ -20,6 +20,8 @@ use crate::args::BenchArgs;
 
 /// Views of a sample in a batch: training compares two.
 const VIEWS: usize = 2;
+/// Batches that wait, as in training.
+const BATCHES_AHEAD: usize = 2;
 
 /// Speed of reading in one order.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -226,7 +228,7 @@ fn read(
     };
     let start = Instant::now();
     let mut made = 0;
-    for batch in Prefetcher::new(threads, 2 * threads, 0..u64::MAX, make)? {
+    for batch in Prefetcher::new(threads, BATCHES_AHEAD, 0..u64::MAX, make)? {
         black_box(batch?);
         made += 1;
         if start.elapsed() >= time {

@@ -370,7 +370,7 @@ fn contact_sheet_has_a_row_for_each_sample() -> Outcome {
         (0..set.len()).find(|&index| set.sample_id(index) == sample_id("b/001.jpg")).ok_or("no such sample")?;
     for (path, rows, index) in [(&grid, 4, 0), (&portrait, 1, sample)] {
         let sheet = decode::read(path)?;
-        let (row_px, column_px) = (16 + 4 * 14 + 8, 150 + 8);
+        let (row_px, column_px) = (16 + 5 * 14 + 8, 150 + 8);
         assert_eq!((sheet.height(), sheet.width()), (rows * row_px + 8, 2 * column_px + 8));
         for view in 0..2 {
             let left = 8 + view * column_px;

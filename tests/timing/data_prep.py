@@ -6,7 +6,7 @@ usage: python tests/timing/data_prep.py BINARY [--photos examples/photos] [--sam
 
 Both sides alternate in one run, on files that were just read (warm cache). Ours is the whole command: it also draws, hashes, writes and
 syncs the shards. Theirs is decoding and the transforms, to uint8 arrays, in worker processes that are already started and have already
-imported everything; nothing is written, so the comparison favours them. Prints medians in samples per second, as JSON.
+imported everything; nothing is written, so the comparison favours them. Either side has as many cores as workers. Prints medians in samples per second, as JSON.
 `--resize` re-encodes every photo at one size first, to compare with figures for that size.
 """
 import argparse, json, multiprocessing, os, pathlib, platform, random, shutil, statistics, subprocess, sys, tempfile, time
@@ -85,11 +85,14 @@ def main():
     p.add_argument("--workers", type=int, nargs="*", default=[1, 2])
     a = p.parse_args()
     resize = tuple(map(int, a.resize.split("x"))) if a.resize else None
+    cores = sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as root:
         root = pathlib.Path(root)
         files = collect(a.photos, root / "photos", a.samples, resize)
         rates = {}
         for workers in a.workers:
+            # as many cores as workers, for both sides and all that they start
+            os.sched_setaffinity(0, cores[:workers])
             with multiprocessing.Pool(workers, initializer=start, initargs=(a.size,)) as pool:
                 each = lambda work: list(pool.imap_unordered(work, files, chunksize=8))
                 each(decode_only)  # warm
@@ -110,7 +113,7 @@ def main():
     print(json.dumps({
         "command": " ".join(sys.argv), "unit": "samples/s, median", "rounds": a.rounds, "samples": a.samples, "results": rates,
         "versions": {"python": platform.python_version(), "torchvision": torchvision.__version__, "Pillow": PIL.__version__},
-        "cores": os.cpu_count(),
+        "cores": cores,
     }, indent=1))
 
 

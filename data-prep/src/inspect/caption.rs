@@ -4,7 +4,7 @@ use shared::transforms::ViewParams;
 use shared::transforms::color_jitter::JitterStep;
 
 /// Lines of a caption.
-pub(super) const LINES: usize = 3;
+pub(super) const LINES: usize = 4;
 
 /// The parameters of a view: its crop, its colours in the order in which they were changed, and the rest.
 pub(super) fn caption(params: &ViewParams) -> [String; LINES] {
@@ -13,7 +13,7 @@ pub(super) fn caption(params: &ViewParams) -> [String; LINES] {
     if params.flip {
         place += ", mirrored";
     }
-    let colours = params.jitter.map_or_else(String::new, |jitter| {
+    let [first, then] = params.jitter.map_or_else(Default::default, |jitter| {
         let parts = jitter.order.map(|step| {
             let factor = jitter.factors[step as usize];
             match step {
@@ -23,7 +23,7 @@ pub(super) fn caption(params: &ViewParams) -> [String; LINES] {
                 JitterStep::Hue => format!("hue {factor:+.2}"),
             }
         });
-        parts.join(" ")
+        [0, 2].map(|step| parts[step..step + 2].join(" "))
     });
     let mut rest = Vec::new();
     if params.grayscale {
@@ -35,7 +35,7 @@ pub(super) fn caption(params: &ViewParams) -> [String; LINES] {
     if let Some(threshold) = params.solarize_threshold {
         rest.push(format!("solarised from {threshold}"));
     }
-    [place, colours, rest.join(", ")]
+    [place, first, then, rest.join(", ")]
 }
 
 #[cfg(test)]
@@ -55,7 +55,7 @@ mod tests {
             blur_sigma: None,
             solarize_threshold: None,
         };
-        assert_eq!(caption(&plain), ["192 x 236 at 124, 30", "", ""]);
+        assert_eq!(caption(&plain), ["192 x 236 at 124, 30", "", "", ""]);
         let order = [JitterStep::Hue, JitterStep::Brightness, JitterStep::Saturation, JitterStep::Contrast];
         let all = ViewParams {
             flip: true,
@@ -65,9 +65,9 @@ mod tests {
             solarize_threshold: Some(128),
             ..plain
         };
-        let [place, colours, rest] = caption(&all);
+        let [place, first, then, rest] = caption(&all);
         assert_eq!(place, "192 x 236 at 124, 30, mirrored");
-        assert_eq!(colours, "hue -0.03 bright 1.15 satur 0.68 contr 0.64");
+        assert_eq!((first.as_str(), then.as_str()), ("hue -0.03 bright 1.15", "satur 0.68 contr 0.64"));
         assert_eq!(rest, "grey, blur 0.53 px, solarised from 128");
     }
 }

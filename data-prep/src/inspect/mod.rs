@@ -138,7 +138,7 @@ impl fmt::Display for Description {
         if self.classes.len() > 20 {
             write!(f, "\n             and {} more: `--json` lists them", self.classes.len() - 20)?;
         }
-        for (what, path) in [("contact sheet", &self.grid), ("picture", &self.picture)] {
+        for (what, path) in [("grid", &self.grid), ("picture", &self.picture)] {
             if let Some(path) = path {
                 write!(f, "\n{what:<13}`{}`", path.display())?;
             }
