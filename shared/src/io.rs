@@ -4,6 +4,8 @@
 //! stage runs again.
 #![warn(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
 
+mod write_behind;
+
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
@@ -12,6 +14,7 @@ use blake3::hazmat::{ChainingValue, HasherExt as _, Mode, merge_subtrees_non_roo
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use write_behind::WriteBehind;
 
 /// How the name of an unfinished file begins.
 pub const TEMPORARY_PREFIX: &str = ".tmp-";
@@ -106,6 +109,7 @@ pub const HEADER_BYTES: usize = 4096;
 pub struct HeaderLastFile {
     destination: PathBuf,
     writer: BufWriter<tempfile::NamedTempFile>,
+    behind: WriteBehind,
     hasher: HeaderLastHasher,
 }
 
@@ -120,7 +124,7 @@ impl HeaderLastFile {
             new_temporary(parent_of(&destination)).map_err(Error::io("create a temporary file for", &destination))?;
         let mut writer = BufWriter::with_capacity(1 << 20, file);
         writer.write_all(&[0; HEADER_BYTES]).map_err(Error::io("write", &destination))?;
-        Ok(Self { destination, writer, hasher: HeaderLastHasher::new() })
+        Ok(Self { destination, writer, behind: WriteBehind::new(), hasher: HeaderLastHasher::new() })
     }
 
     /// Appends bytes behind the header.
@@ -129,6 +133,9 @@ impl HeaderLastFile {
     /// [`Error::Io`], for example when the disk is full.
     pub fn append(&mut self, bytes: &[u8]) -> Result<()> {
         self.writer.write_all(bytes).map_err(Error::io("write", &self.destination))?;
+        self.behind
+            .written(self.writer.get_ref().as_file(), bytes.len())
+            .map_err(Error::io("sync", &self.destination))?;
         self.hasher.update(bytes);
         Ok(())
     }
@@ -138,13 +145,13 @@ impl HeaderLastFile {
     /// # Errors
     /// [`Error::Io`]; nothing is left under the name then, or what was there before.
     pub fn commit(self, header: &[u8; HEADER_BYTES]) -> Result<FileEntry> {
-        let Self { destination, writer, hasher } = self;
+        let Self { destination, writer, behind, hasher } = self;
         let mut file =
             writer.into_inner().map_err(io::IntoInnerError::into_error).map_err(Error::io("write", &destination))?;
         file.seek(SeekFrom::Start(0))
             .and_then(|_start| file.write_all(header))
             .map_err(Error::io("write", &destination))?;
-        file.as_file().sync_all().map_err(Error::io("sync", &destination))?;
+        behind.finish().and_then(|()| file.as_file().sync_all()).map_err(Error::io("sync", &destination))?;
         persist(file, &destination)?;
         let bytes = HEADER_BYTES as u64 + hasher.bytes;
         Ok(FileEntry { path: file_name(&destination), bytes, blake3: hasher.finalize(header).to_hex().to_string() })
