@@ -385,9 +385,9 @@ pub struct BenchArgs {
     #[arg(value_name = "SHARDS")]
     pub shards: PathBuf,
 
-    /// Samples in a batch, two views of each
-    #[arg(long, value_name = "B", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65_536))]
-    pub batch_size: u32,
+    /// Samples in a batch, two views of each [default: 256, or all of a smaller set]
+    #[arg(long, value_name = "B", value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub batch_size: Option<u32>,
 
     /// Seconds for each measurement
     #[arg(long, value_name = "SECONDS", default_value_t = 3.0)]

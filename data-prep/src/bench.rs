@@ -22,6 +22,7 @@ use crate::args::BenchArgs;
 const VIEWS: usize = 2;
 /// Batches that wait, as in training.
 const BATCHES_AHEAD: usize = 2;
+const DEFAULT_BATCH: usize = 256;
 
 /// Speed of reading in one order.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -134,7 +135,7 @@ pub fn bench(args: &BenchArgs) -> Result<Measured> {
     }
     let set = ShardSet::open(&args.shards)?;
     let (samples, views_read) = (set.len(), set.views().min(VIEWS));
-    let batch_size = args.batch_size as usize;
+    let batch_size = args.batch_size.map_or(DEFAULT_BATCH.min(samples), |size| size as usize);
     EpochSampler::new(samples, batch_size, 0)?;
     let all_cores = || thread::available_parallelism().map_or(1, usize::from);
     let threads = args.threads.map_or_else(all_cores, usize::from);

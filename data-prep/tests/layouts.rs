@@ -3,9 +3,10 @@
 mod fixtures;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use data_prep::args::{InspectArgs, PackOptions, RedrawArgs, VerifyArgs};
+use data_prep::args::{BenchArgs, InspectArgs, PackOptions, RedrawArgs, VerifyArgs};
+use data_prep::bench::bench;
 use data_prep::inspect::inspect;
 use data_prep::pack::pack;
 use data_prep::redraw::redraw;
@@ -311,6 +312,38 @@ fn sizes_that_plans_expect_are_near_the_real_ones() -> Outcome {
         let estimate = request.shards.sample_bytes_of(pixels as f64 / set.len() as f64) * set.len() as u64;
         assert!(real.abs_diff(estimate) <= 3 * 4200, "{store:?} {codec:?}: {real} {estimate}");
         assert!(request.shards.sample_bytes() > 0);
+    }
+    Ok(())
+}
+
+#[test]
+fn bench_reads_every_layout_and_refuses_senseless_requests() -> Outcome {
+    let root = tempfile::tempdir()?;
+    let input = root.path().join("in");
+    photos(&input, &[("a", 6)])?;
+    let args = |shards: PathBuf| BenchArgs {
+        shards,
+        batch_size: None,
+        seconds: 0.02,
+        threads: Some(2),
+        need: Some(1.0),
+        json: false,
+    };
+    for (store, codec) in [(Store::Views, Codec::Raw), (Store::Views, Codec::Jpeg), (Store::Source, Codec::Raw)] {
+        let output = root.path().join(format!("{store:?}-{codec:?}"));
+        pack(&config(&input, &output, of_layout(store, codec)))?;
+        let measured = bench(&args(output.clone()))?;
+        assert_eq!((measured.batch_size, measured.views_read), (6, 2));
+        assert_eq!(measured.readings.len(), if measured.can_drop_cache { 6 } else { 3 });
+        assert!(measured.readings.iter().all(|reading| reading.samples_per_sec > 0.0 && reading.samples >= 6));
+        assert!(measured.copy_bytes_per_sec > 0.0 && measured.to_string().contains("times the 1 that training takes"));
+        let wrong: [&dyn Fn(&mut BenchArgs); 3] =
+            [&|args| args.batch_size = Some(7), &|args| args.seconds = 0.0, &|args| args.need = Some(f64::NAN)];
+        for change in wrong {
+            let mut args = args(output.clone());
+            change(&mut args);
+            assert_eq!(bench(&args).map_err(|e| e.exit_status()).err(), Some(2));
+        }
     }
     Ok(())
 }

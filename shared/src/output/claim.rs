@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::lock_file::LockFile;
 use crate::error::{Error, Result};
 use crate::io::new_temporary;
 
@@ -76,7 +77,7 @@ impl Holder {
 /// A part that this process writes; dropping the value gives it up.
 #[derive(Debug)]
 pub(super) struct Claim {
-    file: File,
+    file: LockFile,
     lost: Arc<AtomicBool>,
     /// Dropped to end the thread that shows signs of life.
     stop: Option<Sender<()>>,
@@ -100,7 +101,7 @@ impl Claim {
     pub(super) fn ask(path: &Path) -> Result<Asked> {
         let mut options = File::options();
         options.read(true).write(true).create(true).truncate(false);
-        let file = options.open(path).map_err(Error::io("create", path))?;
+        let file = LockFile::new(options.open(path).map_err(Error::io("create", path))?);
         if let Found::Held(holder) = judge(path, &file)? {
             return Ok(Asked::Held(holder));
         }
@@ -122,7 +123,7 @@ impl Claim {
     /// [`Error::Io`].
     pub(super) fn holder(path: &Path) -> Result<Option<Holder>> {
         match File::options().read(true).write(true).open(path) {
-            Ok(file) => match judge(path, &file)? {
+            Ok(file) => match judge(path, &LockFile::new(file))? {
                 Found::Held(holder) => Ok(holder),
                 Found::Free => Ok(None),
             },

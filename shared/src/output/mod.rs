@@ -8,6 +8,7 @@
 //! A directory that several processes or machines write in parts is begun with [`PartDir::begin`] and closed with [`PartSet`].
 
 mod claim;
+mod lock_file;
 mod part;
 mod parts;
 
@@ -20,6 +21,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use self::lock_file::LockFile;
 use crate::error::{Error, Fault, Result};
 use crate::io::{FileEntry, create_directory, remove_files, remove_temporaries, write_json};
 use crate::manifest::{Identity, MANIFEST_FILE, Manifest, Stage};
@@ -44,7 +46,7 @@ pub struct OutputDir {
     identity: Identity,
     resumed: bool,
     /// Keeps the advisory lock until the value is dropped; the system drops it when the process ends, however it ends.
-    _lock: File,
+    _lock: LockFile,
 }
 
 impl OutputDir {
@@ -174,7 +176,7 @@ fn holds_only_traces(path: &Path) -> Result<bool> {
     Ok(true)
 }
 
-fn take_lock(path: &Path) -> Result<File> {
+fn take_lock(path: &Path) -> Result<LockFile> {
     let (file, lock_path) = open_lock(path)?;
     match file.try_lock() {
         Ok(()) => Ok(file),
@@ -183,13 +185,13 @@ fn take_lock(path: &Path) -> Result<File> {
     }
 }
 
-fn open_lock(path: &Path) -> Result<(File, PathBuf)> {
+fn open_lock(path: &Path) -> Result<(LockFile, PathBuf)> {
     let lock_path = path.join(LOCK_FILE);
     let mut options = File::options();
     // Some network file systems give a shared lock only on what is open for reading.
     options.read(true).write(true).create(true).truncate(false);
     let file = options.open(&lock_path).map_err(Error::io("create", &lock_path))?;
-    Ok((file, lock_path))
+    Ok((LockFile::new(file), lock_path))
 }
 
 /// Empties a directory of ours. The manifest goes first, so that an interruption leaves it unfinished, not wrong.

@@ -11,7 +11,7 @@
 //! above, so that the directory is what one process would have written.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::claim::{Asked, Claim, LEASE, lock_is_free};
+use super::lock_file::LockFile;
 use super::part::{LARGEST_NUMBER, Part};
 use super::{UNFINISHED_FILE, open_lock, read_unfinished, refuse_difference, refuse_foreign, remove_records};
 use crate::error::{Error, Fault, Result};
@@ -82,7 +83,7 @@ pub struct PartDir {
     part: Part,
     claim: Claim,
     /// Shared with the other parts; who writes or closes the whole directory takes it alone.
-    _lock: File,
+    _lock: LockFile,
 }
 
 impl PartDir {
@@ -250,7 +251,7 @@ fn holder_of(path: &Path, part: Part) -> Option<String> {
 pub struct PartSet<T> {
     path: PathBuf,
     records: Vec<PartRecord<T>>,
-    _lock: File,
+    _lock: LockFile,
 }
 
 impl<T: DeserializeOwned> PartSet<T> {
