@@ -10,7 +10,7 @@ use shared::{Error, Fault, Result};
 
 use crate::args::FinishArgs;
 use crate::config::MaxRejects;
-use crate::pack::{PackSummary, Reject, counts, refuse_many, remove_notes, write_rejects};
+use crate::pack::{PackSummary, Reject, counts, details_json, refuse_many, remove_notes, write_rejects};
 
 /// What a part tells besides its files.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -41,12 +41,10 @@ pub fn finish(args: &FinishArgs) -> Result<PackSummary> {
         set.records().iter().flat_map(|record| record.outcome.rejects.iter().cloned()).collect();
     rejects.sort();
     refuse_many(&args.output, &mut rejects, listed, max_rejects.of(listed))?;
-    let views = details.views;
-    let details = serde_json::to_value(details)
-        .map_err(|e| Error::invalid(format!("the class names have no JSON form: {e}"), ""))?;
     let file = write_rejects(&args.output, &mut rejects)?;
     remove_notes(&args.output, |_| true)?;
-    let manifest: Manifest = set.finish(counts(listed, views, shards, rejects.len()), details, vec![file])?;
+    let manifest: Manifest =
+        set.finish(counts(listed, details.views, shards, rejects.len()), details_json(&details)?, vec![file])?;
     Ok(PackSummary::new(&args.output, &manifest, false, 0))
 }
 

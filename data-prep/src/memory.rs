@@ -5,8 +5,9 @@
 //! larger), each worker's encoded file, its kept buffers (at most [`LARGEST_SPARE_BYTES`] and the intermediate rows of one
 //! view), and the finished samples that wait for their turn.
 
-use std::io::Cursor;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use shared::transforms::decode::dimensions;
 
 /// What a budget has for each worker: a baseline JPEG of 44 million pixels.
 const BYTES_PER_THREAD: u64 = 128 << 20;
@@ -102,11 +103,7 @@ pub(crate) fn decoding_bytes(file: &[u8]) -> u64 {
     let (pixels, bytes_per_pixel) = match jpeg_frame(file) {
         Some((pixels, false)) => (pixels, 3),
         Some((pixels, true)) => (pixels, 9),
-        None => {
-            let reader = image::ImageReader::new(Cursor::new(file)).with_guessed_format();
-            let size = reader.ok().and_then(|reader| reader.into_dimensions().ok());
-            (size.map_or(0, |(width, height)| u64::from(width) * u64::from(height)), 16)
-        }
+        None => (dimensions(file).map_or(0, |(height, width)| height as u64 * width as u64), 16),
     };
     pixels * bytes_per_pixel
 }
@@ -132,6 +129,7 @@ fn jpeg_frame(file: &[u8]) -> Option<(u64, bool)> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Cursor;
     use std::sync::atomic::{AtomicU64, Ordering};
     use std::time::Duration;
 

@@ -14,6 +14,7 @@ use std::sync::mpsc::sync_channel;
 use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use shared::io::{FileEntry, hash_file, remove_files, write_atomic, write_json};
 use shared::manifest::{Identity, Manifest, Stage, short};
 use shared::output::{Begun, BegunPart, OutputDir, Part, PartDir};
@@ -150,10 +151,8 @@ fn pack_whole(job: &Job<'_>, identity: &Identity) -> Result<PackSummary> {
     let counts = counts(job.samples.len(), job.details.views, shards, packed.rejects.len());
     let mut files: Vec<FileEntry> = packed.files.into_values().collect();
     files.push(write_rejects(dir.path(), &mut packed.rejects)?);
-    let details = serde_json::to_value(&job.details)
-        .map_err(|e| Error::invalid(format!("the class names have no JSON form: {e}"), ""))?;
     remove_notes(dir.path(), |_| true)?;
-    let manifest = dir.finish(counts, details, files)?;
+    let manifest = dir.finish(counts, details_json(&job.details)?, files)?;
     Ok(PackSummary::new(&job.directory, &manifest, false, kept_shards))
 }
 
@@ -193,6 +192,11 @@ fn pack_part(job: &Job<'_>, identity: &Identity, part: Part) -> Result<PackSumma
 pub(crate) fn counts(listed: usize, views: usize, shards: usize, rejects: usize) -> BTreeMap<String, u64> {
     let counts = [("samples", listed - rejects), ("views", views), ("shards", shards), ("rejects", rejects)];
     counts.map(|(name, count)| (name.to_string(), count as u64)).into()
+}
+
+/// What readers must know of a set, as its manifest keeps it.
+pub(crate) fn details_json(details: &ShardSetDetails) -> Result<Value> {
+    serde_json::to_value(details).map_err(|e| Error::invalid(format!("the class names have no JSON form: {e}"), ""))
 }
 
 /// The samples in the order in which they are packed.

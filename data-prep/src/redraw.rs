@@ -14,6 +14,7 @@ use shared::{Error, Result};
 
 use crate::args::RedrawArgs;
 use crate::config::{resolve_size, resolve_views};
+use crate::pack::details_json;
 use crate::verify::shard_config;
 
 /// What redrawing came to.
@@ -85,8 +86,7 @@ pub fn redraw(args: &RedrawArgs) -> Result<RedrawSummary> {
         ("views".to_string(), views as u64),
         ("shards".to_string(), 0),
     ]);
-    let details = serde_json::to_value(config.details(base.classes().to_vec()))
-        .map_err(|e| Error::invalid(format!("the class names have no JSON form: {e}"), ""))?;
+    let details = details_json(&config.details(base.classes().to_vec()))?;
     Ok(summary(&dir.finish(counts, details, Vec::new())?, false))
 }
 

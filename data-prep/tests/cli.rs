@@ -115,6 +115,20 @@ fn unusable_inputs_exit_with_1_and_leave_nothing() -> Outcome {
 }
 
 #[test]
+fn naming_an_instruction_set_changes_no_byte() -> Outcome {
+    let root = tempfile::tempdir()?;
+    let (input, best, portable) = (root.path().join("in"), root.path().join("best"), root.path().join("portable"));
+    photos(&input, &[("a", 4)])?;
+    assert_eq!(run(&pack_args(&text(&input), &text(&best))).status, 0);
+    let named = run(&[&pack_args(&text(&input), &text(&portable))[..], &["--isa", "portable"]].concat());
+    assert_eq!(named.status, 0, "{}", named.stderr);
+    assert!(contents(&best)? == contents(&portable)?);
+    let unknown = run(&[&pack_args(&text(&input), &text(&portable))[..], &["--isa", "mmx"]].concat());
+    assert_eq!(unknown.status, 2, "{}", unknown.stderr);
+    Ok(())
+}
+
+#[test]
 fn one_broken_photo_does_not_stop_the_others() -> Outcome {
     let root = tempfile::tempdir()?;
     let (input, output) = (root.path().join("in"), root.path().join("out"));

@@ -11,8 +11,8 @@ use crate::sheet::{Area, GREY, INK, Rgb, Sheet};
 const GAP_PX: usize = 8;
 const LINE_PX: usize = 14;
 const TEXT: f64 = 10.0;
-/// A view is at most this large on a sheet of several samples; smaller ones are shown as they are.
-const SMALLEST_CELL_PX: usize = 150;
+/// A column is at least this wide, so that captions have room under small views.
+const NARROWEST_COLUMN_PX: usize = 150;
 /// Frames of the crops in a picture of the source image, in turns.
 const FRAMES: [Rgb; 8] = [
     [230, 25, 75],
@@ -40,7 +40,7 @@ fn cells(set: &ShardSet, views: usize) -> Vec<Cell> {
 
 /// Width of the column of a cell: captions need some room.
 fn column_px(cell: &Cell) -> usize {
-    cell.size.1.max(SMALLEST_CELL_PX) + GAP_PX
+    cell.size.1.max(NARROWEST_COLUMN_PX) + GAP_PX
 }
 
 /// `samples` samples, spread evenly over the set, with the first `views` global and local views of each.
