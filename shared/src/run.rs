@@ -55,24 +55,33 @@ impl Objective {
 }
 
 /// The losses of a step, or their means over an epoch.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Losses {
     /// The weighted sum that is minimised.
     pub loss: f32,
+    /// Its terms by name, unweighted, and accuracies in percent: `info_nce`, `top1`, `distill_q`, `distill_k`, ...
+    #[serde(flatten)]
+    pub terms: BTreeMap<String, f32>,
+}
+
+impl Losses {
     /// The contrastive loss.
-    pub info_nce: f32,
-    /// Mean squared distance of student and teacher on the query's view, unweighted; none without a teacher.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub distill_q: Option<f32>,
-    /// As `distill_q`, on the key's view.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub distill_k: Option<f32>,
+    pub const INFO_NCE: &'static str = "info_nce";
     /// Percentage of queries that are closer to their own key than to all of the queue.
-    pub top1: f32,
+    pub const TOP1: &'static str = "top1";
+    /// Mean squared distance of student and teacher on the query's view.
+    pub const DISTILL_Q: &'static str = "distill_q";
+    /// As `distill_q`, on the key's view.
+    pub const DISTILL_K: &'static str = "distill_k";
+
+    /// A term by its name.
+    pub fn term(&self, name: &str) -> Option<f32> {
+        self.terms.get(name).copied()
+    }
 }
 
 /// A step's line in `metrics.jsonl`.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StepMetrics {
     /// Steps done, this one included.
     pub step: u64,
@@ -94,7 +103,7 @@ pub enum EpochEvent {
 }
 
 /// An epoch's line in `metrics.jsonl`.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct EpochMetrics {
     /// Marks the line.
     pub event: EpochEvent,
@@ -279,14 +288,15 @@ mod tests {
     fn lines_of_steps_and_epochs_are_told_apart() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(METRICS_FILE);
-        let losses = Losses { loss: 0.1, info_nce: 0.2, distill_q: Some(1.5), distill_k: None, top1: 50.0 };
-        let step = StepMetrics { step: 1, epoch: 0, lr: 0.03, losses };
+        let terms = [("info_nce", 0.2), ("distill_q", 1.5), ("top1", 50.0)];
+        let losses = Losses { loss: 0.1, terms: terms.map(|(name, value)| (name.into(), value)).into() };
+        let step = StepMetrics { step: 1, epoch: 0, lr: 0.03, losses: losses.clone() };
         let epoch = EpochMetrics { event: EpochEvent::Epoch, epoch: 0, step: 1, lr: 0.03, losses };
         let mut log = crate::logging::JsonLines::create(&path).unwrap();
         log.append(&step).unwrap();
         log.append(&epoch).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
-        let expected = r#"{"step":1,"epoch":0,"lr":0.03,"loss":0.1,"info_nce":0.2,"distill_q":1.5,"top1":50.0}"#;
+        let expected = r#"{"step":1,"epoch":0,"lr":0.03,"loss":0.1,"distill_q":1.5,"info_nce":0.2,"top1":50.0}"#;
         assert_eq!(text.lines().next(), Some(expected));
         assert_eq!(Metrics::read(&path).unwrap(), Metrics { steps: vec![step], epochs: vec![epoch] });
     }

@@ -8,6 +8,8 @@ use shared::cli::{CommonArgs, ComputeArgs};
 use shared::data_loader::Order;
 use shared::models::Arch;
 
+use crate::config::MethodName;
+
 /// Trains small vision models without labels, alone or under a teacher
 #[derive(Debug, Clone, Parser)]
 #[command(name = "student-train", version, about, long_about = None)]
@@ -124,6 +126,13 @@ pub struct Options {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub batch_size: Option<usize>,
 
+    /// Pieces in which a batch is computed, one after the other, to save memory [default: 1]
+    ///
+    /// Gradients are those of the whole batch; the batch-norm groups are shared out among the pieces.
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accumulate: Option<usize>,
+
     /// Groups of a batch that have batch-norm statistics of their own [default: one for every 32 samples]
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -161,6 +170,11 @@ pub struct Options {
     #[arg(long, value_name = "N", help_heading = "Optimisation")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
+
+    /// Self-supervised method; `distill` can do without any (`none`) [default: moco-v2]
+    #[arg(long, value_name = "METHOD", help_heading = "Objective")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub method: Option<MethodName>,
 
     /// Hidden width of the projection head [default: 2048]
     ///
@@ -331,7 +345,7 @@ mod tests {
             .collect();
         assert!(keys.len() > 15);
         for key in keys {
-            let known = ["1", "true", "\"resnet18\"", "\"step\"", "\"quasi\""].iter().any(|value| {
+            let known = ["1", "true", "\"resnet18\"", "\"step\"", "\"quasi\"", "\"none\""].iter().any(|value| {
                 let text = format!("{key} = {value}");
                 toml::from_str::<Options>(&text).is_ok()
             });

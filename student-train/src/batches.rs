@@ -80,9 +80,9 @@ impl Batches {
             None => None,
         };
         let views = |rows: &[(usize, usize)]| normalized_batch(&self.shards, rows, Normalization::Imagenet);
-        let both = || Ok::<_, shared::Error>((views(&query_rows)?, views(&key_rows)?));
-        let (query_view, key_view) = self.makers.as_ref().map_or_else(both, |makers| makers.install(both))?;
-        Ok(Batch { step, sample_ids, query_view, key_view, teacher })
+        let both = || Ok::<_, shared::Error>([views(&query_rows)?, views(&key_rows)?]);
+        let views = self.makers.as_ref().map_or_else(both, |makers| makers.install(both))?;
+        Ok(Batch { step, sample_ids, views, teacher })
     }
 
     /// The samples of a step, and the view of each that is the query and the one that is the key.

@@ -14,7 +14,7 @@ use shared::transforms::normalize::Normalization;
 use shared::{Error, Result};
 
 use crate::config::{Config, Plan};
-use crate::student::Student;
+use crate::step::TrainingState;
 use crate::weights::Weights;
 
 /// The role under which a run records the weights that it started from.
@@ -58,7 +58,7 @@ impl Init {
     ///
     /// # Errors
     /// [`Error::Missing`] when the file is gone; as [`Weights::backbone`] and [`Weights::head`].
-    pub fn start(&self, student: &Student) -> Result<String> {
+    pub fn start(&self, state: &TrainingState) -> Result<String> {
         let Some(weights) = &self.weights else {
             let hint =
                 "the run has no checkpoint of its own yet: bring the file back, or start again with `--overwrite`";
@@ -68,7 +68,7 @@ impl Init {
         if let Some(head) = self.head {
             tensors.extend(weights.head(head)?);
         }
-        student.start_from(&tensors)?;
+        state.start_from(&tensors)?;
         let (count, arch) = (tensors.len(), weights.arch());
         let head = if self.head.is_some() { "the head is taken too" } else { "the head is drawn" };
         let (theirs, ours) = (weights.pixel_normalization(), Normalization::default());

@@ -10,14 +10,15 @@
 pub mod args;
 pub mod batches;
 pub mod config;
+pub mod distillation;
 pub mod export;
 pub mod import;
 pub mod init;
-pub mod objective;
-pub mod queue;
+pub mod method;
+pub mod part;
 pub mod step;
-pub mod student;
 pub mod train_log;
+pub mod trainable;
 pub mod trainer;
 pub mod weights;
 
@@ -145,15 +146,15 @@ impl std::fmt::Display for Summary {
             Self::Imported(imported) => imported.fmt(f),
             Self::Trained(trained) => {
                 let run = trained.output.display();
-                match (trained.final_losses, trained.already_finished) {
+                match (&trained.final_losses, trained.already_finished) {
                     (None, _) => write!(f, "stopped `{run}` after step {}", trained.steps),
                     (Some(_), true) => write!(f, "`{run}` is finished already: nothing to do"),
                     (Some(losses), false) => write!(
                         f,
-                        "finished `{run}` after {} steps: mean loss {:.4}, top1 {:.1} % in the last epoch; the student is `{}`",
+                        "finished `{run}` after {} steps: mean loss {:.4}{} in the last epoch; the student is `{}`",
                         trained.steps,
                         losses.loss,
-                        losses.top1,
+                        losses.term(Losses::TOP1).map(|top1| format!(", top1 {top1:.1} %")).unwrap_or_default(),
                         trained.output.join(STUDENT_FILE).display()
                     ),
                 }

@@ -1,24 +1,24 @@
-//! One step: two views of a batch in, moved parameters and a fuller queue out.
+//! One step: views of a batch in, moved parameters out.
 
 use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 use shared::checkpoint::Checkpoint;
-use shared::ops::Gradients;
+use shared::models::Encoder;
 use shared::optim::{Sgd, SgdConfig};
 use shared::rng::KeyedRng;
-use shared::run::{Losses, prefixed};
+use shared::run::{Losses, QUERY_PREFIX, prefixed};
 use shared::{Error, Fault, Result};
 
-use crate::config::Config;
-use crate::objective::{Target, key_part, query_part};
-use crate::queue::Queue;
-use crate::student::Student;
+use crate::config::{Config, OptimisationConfig};
+use crate::distillation::Distillation;
+use crate::method::{Counters, Method, StepInput};
+use crate::trainable::{GradientSum, Trainable};
 
 /// What the names of the optimiser's momenta begin with in a checkpoint.
 pub const SGD_PREFIX: &str = "sgd.";
-/// The name of the queue in a checkpoint.
-pub const QUEUE_NAME: &str = "queue";
+/// The name of the student among what learns.
+pub const QUERY_NAME: &str = "query";
 
 /// What a step sees.
 #[derive(Debug)]
@@ -27,10 +27,8 @@ pub struct Batch {
     pub step: u64,
     /// Who the samples are, for messages.
     pub sample_ids: Vec<u64>,
-    /// `(B, H, W, 3)` f32, normalised: the query's view.
-    pub query_view: Tensor,
-    /// `(B, H, W, 3)` f32, normalised: the key's view.
-    pub key_view: Tensor,
+    /// Two global views, `(B, H, W, 3)` f32, normalised: the query's and the key's.
+    pub views: [Tensor; 2],
     /// The teacher's embeddings of the two views, `(B, D)` f32 each.
     pub teacher: Option<[Tensor; 2]>,
 }
@@ -38,12 +36,13 @@ pub struct Batch {
 /// All that changes from step to step.
 #[derive(Debug)]
 pub struct TrainingState {
-    student: Student,
-    sgd: Sgd,
-    queue: Queue,
-    temperature: f64,
-    key_momentum: f64,
-    distill_weight: f64,
+    query: Encoder,
+    method: Method,
+    distillation: Option<Distillation>,
+    /// Of every trainable network, by its name.
+    optimizers: BTreeMap<&'static str, Sgd>,
+    bn_groups: usize,
+    accumulate: usize,
 }
 
 impl TrainingState {
@@ -52,119 +51,131 @@ impl TrainingState {
     /// # Errors
     /// Only if a tensor operation fails.
     pub fn new(config: &Config) -> Result<Self> {
-        let student = Student::new(config.student, config.head(), config.bn_groups, config.seed)?;
-        let queue = Queue::random(config.queue_size, config.embedding_dim, config.seed)?;
-        Ok(Self::from_parts(student, queue, config))
+        let query = Encoder::new(config.student, Some(config.head()), config.seed)?;
+        let method = Method::new(config, &query)?;
+        Ok(Self::from_parts(query, method, config))
     }
 
-    /// A state made of a given student and queue.
-    pub fn from_parts(student: Student, queue: Queue, config: &Config) -> Self {
-        let sgd = Sgd::new(SgdConfig { momentum: config.momentum, weight_decay: config.weight_decay });
-        Self {
-            student,
-            sgd,
-            queue,
-            temperature: config.temperature,
-            key_momentum: config.key_momentum,
-            distill_weight: config.distill_weight.unwrap_or(0.0),
-        }
+    /// A state made of a given student and method.
+    pub fn from_parts(query: Encoder, method: Method, config: &Config) -> Self {
+        let distillation = config.distillation.as_ref().map(Distillation::new);
+        let mut state = Self {
+            query,
+            method,
+            distillation,
+            optimizers: BTreeMap::new(),
+            bn_groups: config.bn_groups,
+            accumulate: config.accumulate,
+        };
+        let OptimisationConfig { momentum, weight_decay, .. } = config.optimisation;
+        let sgd = || Sgd::new(SgdConfig { momentum, weight_decay });
+        state.optimizers = state.trainables().into_iter().map(|trainable| (trainable.name, sgd())).collect();
+        state
     }
 
-    /// The student.
-    pub fn student(&self) -> &Student {
-        &self.student
+    /// The encoder that learns.
+    pub fn query(&self) -> &Encoder {
+        &self.query
     }
 
-    /// The negatives.
-    pub fn queue(&self) -> &Queue {
-        &self.queue
+    /// The self-supervised method.
+    pub fn method(&self) -> &Method {
+        &self.method
+    }
+
+    /// Replaces some of the query encoder's tensors, names and layouts of `PyTorch`, before the first step; what follows it
+    /// is its copy again.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a tensor that the encoder does not have, or of another shape; nothing is changed then.
+    pub fn start_from(&self, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+        let mut all = self.query.store().to_tensors()?;
+        all.extend(tensors.iter().map(|(name, tensor)| (name.clone(), tensor.clone())));
+        self.query.store().load(&all)?;
+        self.method.restart(&self.query)
+    }
+
+    /// Everything that learns, the student first.
+    fn trainables(&self) -> Vec<Trainable> {
+        let mut trainables = vec![Trainable { name: QUERY_NAME, store: self.query.store().clone() }];
+        trainables.extend(self.method.trainables());
+        trainables.extend(self.distillation.iter().flat_map(Distillation::trainables));
+        trainables
     }
 
     /// Makes one step and returns the losses that it minimised.
     ///
-    /// In this order: the key encoder follows and embeds the key's view in shuffled order; the query encoder embeds the query's
-    /// view, then, when there is a teacher, the key's; gradients; descent; the keys enter the queue.
+    /// In this order: the method's forward and backward passes with the teacher's terms, descent, what the method does after a
+    /// step.
     ///
     /// # Shapes
     /// - `shuffle`: a permutation of `0..B`, see [`batch_shuffle`]
     ///
     /// # Errors
     /// [`Error::Invalid`] when the loss is not finite, before the parameters move; [`Error::Shape`] when the batch does not fit.
-    ///
-    /// # Source
-    /// `DisCo`, arXiv 2104.09124, section 3; `MoCo`, arXiv 1911.05722, algorithm 1; official `DisCo` code @ 1d732c8,
-    /// `moco/builder_kq_mse_largeembedding_2048.py`, `forward`.
     pub fn step(&mut self, batch: &Batch, shuffle: &[u32], lr: f64) -> Result<Losses> {
-        let keys = self.student.embed_keys(&batch.key_view, shuffle, self.key_momentum)?; // (B, D)
-        let [query_target, key_target] = self.targets(batch);
-
-        let queries = self.student.embed_queries(&batch.query_view)?; // (B, D)
-        let part = query_part(&queries, &keys, self.queue.keys(), self.temperature, query_target)?;
-        let mut losses = Losses {
-            loss: scalar(&part.loss)?,
-            info_nce: scalar(&part.contrast.loss)?,
-            distill_q: part.distance.as_ref().map(scalar).transpose()?,
-            distill_k: None,
-            top1: scalar(&part.contrast.top1)?,
+        let mut gradients = GradientSum::new(self.trainables());
+        let input = StepInput {
+            query: &self.query,
+            distillation: self.distillation.as_ref(),
+            batch,
+            shuffle,
+            bn_groups: self.bn_groups,
+            accumulate: self.accumulate,
         };
-        let store = self.student.query().store();
-        let mut gradients = store.backward(&part.loss)?;
-        // The graph of this view holds most of the memory; the other view's comes next.
-        drop((part, queries));
-
-        if let Some(target) = key_target {
-            let embeddings = self.student.embed_queries(&batch.key_view)?; // (B, D)
-            let (weighted, distance) = key_part(&embeddings, target)?;
-            losses.loss += scalar(&weighted)?;
-            losses.distill_k = Some(scalar(&distance)?);
-            gradients = sum(gradients, &store.backward(&weighted)?)?;
-        }
+        let losses = self.method.gradients(&input, &mut gradients)?;
         if !losses.loss.is_finite() {
             return Err(not_finite(&losses, batch));
         }
-        self.sgd.step(store, &gradients, lr)?;
-        self.queue.enqueue(&keys)?;
+        for (trainable, gradients) in gradients.iter() {
+            if let Some(optimizer) = self.optimizers.get_mut(trainable.name) {
+                optimizer.step(&trainable.store, gradients, lr)?;
+            }
+        }
+        self.method.after_step()?;
         Ok(losses)
     }
 
-    fn targets<'a>(&self, batch: &'a Batch) -> [Option<Target<'a>>; 2] {
-        let weight = self.distill_weight;
-        match &batch.teacher {
-            Some(teacher) => teacher.each_ref().map(|teacher| Some(Target { teacher, weight })),
-            None => [None, None],
-        }
-    }
-
-    /// Everything for a checkpoint but the queue's pointer.
+    /// All tensors of a checkpoint, in file names and layouts behind a prefix.
     ///
     /// # Errors
     /// Only if a tensor operation fails.
     pub fn to_tensors(&self) -> Result<BTreeMap<String, Tensor>> {
-        let mut tensors = self.student.to_tensors()?;
-        let momenta = self.sgd.to_tensors(self.student.query().store())?;
-        tensors.extend(momenta.into_iter().map(|(name, tensor)| (format!("{SGD_PREFIX}{name}"), tensor)));
-        tensors.insert(QUEUE_NAME.into(), self.queue.keys().clone());
+        let query = self.query.store().to_tensors()?;
+        let mut tensors: BTreeMap<String, Tensor> =
+            query.into_iter().map(|(name, tensor)| (format!("{QUERY_PREFIX}{name}"), tensor)).collect();
+        tensors.extend(self.method.to_tensors()?);
+        for Trainable { name: network, store } in self.trainables() {
+            let Some(optimizer) = self.optimizers.get(network) else { continue };
+            let momenta = optimizer.to_tensors(&store)?;
+            tensors.extend(momenta.into_iter().map(|(name, tensor)| (format!("{SGD_PREFIX}{network}.{name}"), tensor)));
+        }
         Ok(tensors)
+    }
+
+    /// All numbers of a checkpoint.
+    pub fn counters(&self) -> Counters {
+        self.method.counters()
     }
 
     /// Takes everything from a checkpoint.
     ///
     /// # Errors
     /// [`Error::Damaged`] or [`Error::Invalid`] when tensors are missing, unexpected or of another shape.
-    pub fn load<S>(&mut self, checkpoint: &Checkpoint<S>, queue_pointer: usize) -> Result<()> {
+    pub fn load<S>(&mut self, checkpoint: &Checkpoint<S>, counters: &Counters) -> Result<()> {
         let file = &checkpoint.tensors;
-        for name in file.names() {
-            let known = [shared::run::QUERY_PREFIX, crate::student::KEY_PREFIX, SGD_PREFIX];
-            if name != QUEUE_NAME && !known.iter().any(|prefix| name.starts_with(prefix)) {
-                return Err(file.fault(Fault::Value(format!("tensor `{name}` is no part of a training"))));
+        self.query.store().load(&prefixed(file, QUERY_PREFIX)?)?;
+        self.method.load(file, counters)?;
+        for Trainable { name: network, store } in self.trainables() {
+            if let Some(optimizer) = self.optimizers.get_mut(network) {
+                optimizer.load(&store, &prefixed(file, &format!("{SGD_PREFIX}{network}."))?)?;
             }
         }
-        let (size, width) = self.queue.keys().dims2()?;
-        file.view_shaped::<f32>(QUEUE_NAME, &[size, width], "[K, D]")?;
-        self.student.load(file)?;
-        self.sgd.load(self.student.query().store(), &prefixed(file, SGD_PREFIX)?)?;
-        self.queue = Queue::from_keys(file.tensor(QUEUE_NAME)?, queue_pointer)?;
-        Ok(())
+        let known = self.to_tensors()?;
+        match file.names().into_iter().find(|name| !known.contains_key(name)) {
+            Some(name) => Err(file.fault(Fault::Value(format!("tensor `{name}` is no part of this training")))),
+            None => Ok(()),
+        }
     }
 }
 
@@ -175,28 +186,17 @@ pub fn batch_shuffle(batch_size: usize, seed: u64, step: u64) -> Vec<u32> {
     order
 }
 
-fn scalar(tensor: &Tensor) -> Result<f32> {
-    Ok(tensor.to_scalar()?)
-}
-
-fn sum(mut gradients: Gradients, more: &Gradients) -> Result<Gradients> {
-    for (name, gradient) in gradients.iter_mut() {
-        if let Some(more) = more.get(name) {
-            *gradient = (&*gradient + more)?;
-        }
-    }
-    Ok(gradients)
-}
-
 fn not_finite(losses: &Losses, batch: &Batch) -> Error {
     const LISTED: usize = 4;
     let ids: Vec<String> = batch.sample_ids.iter().take(LISTED).map(|id| format!("{id:016x}")).collect();
     let more = batch.sample_ids.len().saturating_sub(LISTED);
     let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-    let Losses { loss, info_nce, .. } = losses;
+    let terms: Vec<String> = losses.terms.iter().map(|(name, value)| format!("{name} {value}")).collect();
     Error::invalid(
         format!(
-            "the loss became {loss} (info_nce {info_nce}) in step {} on the samples {}{more}",
+            "the loss became {} ({}) in step {} on the samples {}{more}",
+            losses.loss,
+            terms.join(", "),
             batch.step + 1,
             ids.join(", ")
         ),

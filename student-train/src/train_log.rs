@@ -1,5 +1,6 @@
 //! What a training reports: losses to `metrics.jsonl`, speeds and memory to `timing.jsonl`, both to the screen.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -18,34 +19,29 @@ use shared::{Error, Result};
 const TIMING_STEPS: u64 = 100;
 
 /// Sums of the losses of an epoch so far. Kept as the bits of f64, so that JSON gives them back exactly.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EpochSums {
     steps: u64,
-    bits: [u64; 5],
+    loss: u64,
+    terms: BTreeMap<String, u64>,
 }
 
 impl EpochSums {
     fn add(&mut self, losses: &Losses) {
-        let Losses { loss, info_nce, distill_q, distill_k, top1 } = *losses;
-        let terms = [loss, info_nce, distill_q.unwrap_or(0.0), distill_k.unwrap_or(0.0), top1];
-        for (bits, term) in self.bits.iter_mut().zip(terms) {
-            *bits = (f64::from_bits(*bits) + f64::from(term)).to_bits();
+        let add = |bits: &mut u64, term: f32| *bits = (f64::from_bits(*bits) + f64::from(term)).to_bits();
+        add(&mut self.loss, losses.loss);
+        for (name, &term) in &losses.terms {
+            add(self.terms.entry(name.clone()).or_default(), term);
         }
         self.steps += 1;
     }
 
-    /// Means over the steps; `like` tells whether there is a teacher.
-    fn means(&self, like: &Losses) -> Losses {
-        let [loss, info_nce, distill_q, distill_k, top1] =
-            self.bits.map(|bits| (f64::from_bits(bits) / self.steps.max(1) as f64) as f32);
-        Losses {
-            loss,
-            info_nce,
-            distill_q: like.distill_q.map(|_| distill_q),
-            distill_k: like.distill_k.map(|_| distill_k),
-            top1,
-        }
+    /// Means over the steps.
+    fn means(&self) -> Losses {
+        let mean = |bits: u64| (f64::from_bits(bits) / self.steps.max(1) as f64) as f32;
+        let terms = self.terms.iter().map(|(name, &bits)| (name.clone(), mean(bits))).collect();
+        Losses { loss: mean(self.loss), terms }
     }
 }
 
@@ -158,9 +154,10 @@ impl TrainLog {
     /// # Errors
     /// [`Error::Io`].
     pub fn epoch(&mut self, last: &StepMetrics) -> Result<Losses> {
-        let losses = self.sums.means(&last.losses);
+        let losses = self.sums.means();
         let StepMetrics { step, epoch, lr, .. } = *last;
-        self.metrics.append(&EpochMetrics { event: EpochEvent::Epoch, epoch, step, lr, losses })?;
+        let metrics = EpochMetrics { event: EpochEvent::Epoch, epoch, step, lr, losses: losses.clone() };
+        self.metrics.append(&metrics)?;
         self.sums = EpochSums::default();
         if self.window.steps > 0 {
             self.write_timing(epoch, step)?;
@@ -173,7 +170,7 @@ impl TrainLog {
     /// # Errors
     /// [`Error::Io`].
     pub fn position(&self) -> Result<(LogPosition, EpochSums)> {
-        Ok((self.metrics.sync()?, self.sums))
+        Ok((self.metrics.sync()?, self.sums.clone()))
     }
 
     /// Ends the reports; returns the manifest's entry for `metrics.jsonl`.

@@ -35,9 +35,10 @@ use shared::{Error, Fault, Result};
 
 use crate::args::{LrUnit, Options};
 use crate::batches::{Batches, queue_advice};
-use crate::config::{Config, Plan};
+use crate::config::{Config, OptimisationConfig, Plan};
 use crate::export::write_student;
 use crate::init::Init;
+use crate::method::Counters;
 use crate::step::{Batch, TrainingState, batch_shuffle};
 use crate::train_log::{Display, EpochSums, TrainLog};
 
@@ -51,7 +52,7 @@ struct Progressed {
     epoch: u64,
     /// Steps done in the epoch.
     position: u64,
-    queue_pointer: usize,
+    counters: Counters,
     /// Means over the last whole epoch.
     last_epoch: Option<Losses>,
     metrics: LogPosition,
@@ -133,14 +134,16 @@ impl<'a> Trainer<'a> {
         )?;
         let step = resumed.as_ref().map_or(0, |(step, _)| *step);
         if let (None, Some(init)) = (&resumed, init) {
-            say(&init.start(state.student())?);
+            say(&init.start(&state)?);
         }
         if !plan.quiet {
             note_cpu();
         }
         if step > 0 {
             say(&format!("resuming after step {step}"));
-        } else if let Some(advice) = queue_advice(config.queue_size, batches.shards().len()) {
+        } else if let Some(advice) =
+            config.method.queue_size().and_then(|size| queue_advice(size, batches.shards().len()))
+        {
             say(&advice);
         }
         if let Some(before) =
@@ -158,7 +161,7 @@ impl<'a> Trainer<'a> {
             batch_size: config.batch_size,
             quiet: plan.quiet,
         };
-        let position = resumed.as_ref().map(|(_, progressed)| (&progressed.metrics, progressed.epoch_sums));
+        let position = resumed.as_ref().map(|(_, progressed)| (&progressed.metrics, progressed.epoch_sums.clone()));
         let log = TrainLog::open(run, position, step, display)?;
         let last_epoch = resumed.and_then(|(_, progressed)| progressed.last_epoch);
         Ok(Self { config, plan, batches, checkpoints, state, log, config_file, step, last_epoch })
@@ -201,7 +204,8 @@ impl<'a> Trainer<'a> {
     }
 
     fn lr(&self, epoch: u64) -> f64 {
-        let Config { lr, lr_unit, epochs, .. } = *self.config;
+        let epochs = self.config.epochs;
+        let OptimisationConfig { lr, lr_unit, .. } = self.config.optimisation;
         match lr_unit {
             LrUnit::Epoch => Cosine { lr, total: epochs }.lr(epoch),
             LrUnit::Step => Cosine { lr, total: epochs * self.batches.steps_per_epoch() }.lr(self.step),
@@ -214,8 +218,8 @@ impl<'a> Trainer<'a> {
         let progressed = Progressed {
             epoch: self.step / steps_per_epoch,
             position: self.step % steps_per_epoch,
-            queue_pointer: self.state.queue().pointer(),
-            last_epoch: self.last_epoch,
+            counters: self.state.counters(),
+            last_epoch: self.last_epoch.clone(),
             metrics,
             epoch_sums,
             isa: Some(isa()),
@@ -225,7 +229,7 @@ impl<'a> Trainer<'a> {
 
     fn finish(self, output: OutputDir) -> Result<Outcome> {
         let image_size = [self.batches.shards().height(), self.batches.shards().width()];
-        let student = write_student(output.path(), self.state.student().query(), image_size)?;
+        let student = write_student(output.path(), self.state.query(), image_size)?;
         let directory = self.checkpoints.directory();
         let mut files = vec![self.config_file, student];
         for name in [shared::checkpoint::tensors_file_name(self.step), shared::checkpoint::record_file_name(self.step)]
@@ -241,7 +245,7 @@ impl<'a> Trainer<'a> {
             embedding_dim: self.config.embedding_dim,
             image_size,
             checkpoint: format!("{CHECKPOINT_DIRECTORY}/{}", shared::checkpoint::tensors_file_name(self.step)),
-            final_losses: self.last_epoch.unwrap_or_default(),
+            final_losses: self.last_epoch.clone().unwrap_or_default(),
         };
         let counts = BTreeMap::from([
             ("samples".into(), self.batches.shards().len() as u64),
@@ -271,7 +275,7 @@ fn resume(
         return Err(checkpoint.tensors.fault(Fault::Value(what)));
     }
     JsonLines::check(run.join(METRICS_FILE), &progressed.metrics)?;
-    state.load(checkpoint, progressed.queue_pointer)?;
+    state.load(checkpoint, &progressed.counters)?;
     Ok((step, progressed))
 }
 
@@ -284,7 +288,7 @@ mod tests {
         let named = Progressed {
             epoch: 1,
             position: 2,
-            queue_pointer: 3,
+            counters: Counters::from([("queue_pointer".into(), 3)]),
             last_epoch: None,
             metrics: LogPosition { bytes: 4, blake3: String::new() },
             epoch_sums: EpochSums::default(),

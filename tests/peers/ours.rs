@@ -17,7 +17,7 @@ use shared::models::{Arch, Encoder};
 use shared::ops::{self, Mode};
 use shared::run::Objective;
 use shared::{Error, Result};
-use student_train::queue::Queue;
+use student_train::method::Queue;
 use student_train::step::{Batch, TrainingState, batch_shuffle};
 use student_train::{Config, Options};
 
@@ -141,20 +141,19 @@ fn disco_row(arch: Arch, args: &Args) -> Result<Row> {
     };
     let config = Config::new(Objective::Distill, &options, Some(EMBEDDING_DIM))?;
     let mut state = TrainingState::new(&config)?;
-    let parameters = state.student().query().store().num_parameters();
+    let parameters = state.query().store().num_parameters();
     let teacher = |seed| Ok::<_, Error>(Queue::random(batch_size, EMBEDDING_DIM, seed)?.keys().clone());
     let query_view = images(args, 0)?;
     let key_view = images(args, query_view.elem_count())?;
     let mut batch = Batch {
         step: 0,
         sample_ids: (0..u64::from(args.batch)).collect(),
-        query_view,
-        key_view,
+        views: [query_view, key_view],
         teacher: Some([teacher(SEED + 1)?, teacher(SEED + 2)?]),
     };
     let step = move || {
         let shuffle = batch_shuffle(batch_size, SEED, batch.step);
-        state.step(&batch, &shuffle, config.lr)?;
+        state.step(&batch, &shuffle, config.optimisation.lr)?;
         batch.step += 1;
         Ok(vec![batch_size, EMBEDDING_DIM])
     };

@@ -52,7 +52,7 @@ pub(super) struct Training {
 #[derive(Debug)]
 pub(super) struct Metric {
     /// Its key in `metrics.jsonl`.
-    pub(super) key: &'static str,
+    pub(super) key: String,
     /// Means of epochs, by steps done.
     pub(super) epochs: Vec<(f64, f64)>,
     /// Every step.
@@ -126,24 +126,25 @@ fn training_of(path: &Path) -> Result<Training> {
     flatten("", &config, &mut settings);
     settings.retain(|key, _| !IGNORED_SETTINGS.contains(&key.as_str()));
     let logged = run.metrics()?;
-    let mut metrics: Vec<Metric> = ["loss", "info_nce", "distill_q", "distill_k", "top1"]
-        .map(|key| Metric { key, epochs: Vec::new(), steps: Vec::new() })
-        .into();
+    let mut metrics = Vec::new();
     for epoch in &logged.epochs {
         log(&mut metrics, |metric| &mut metric.epochs, epoch.step, &epoch.losses);
     }
     for step in &logged.steps {
         log(&mut metrics, |metric| &mut metric.steps, step.step, &step.losses);
     }
-    metrics.retain(|metric| !metric.steps.is_empty() || !metric.epochs.is_empty());
     Ok(Training { manifest: run.manifest().clone(), settings, metrics })
 }
 
 /// Appends one line of `metrics.jsonl` to the series that `series` picks.
-fn log(metrics: &mut [Metric], series: impl Fn(&mut Metric) -> &mut Vec<(f64, f64)>, step: u64, losses: &Losses) {
-    let Losses { loss, info_nce, distill_q, distill_k, top1 } = *losses;
-    for (metric, value) in metrics.iter_mut().zip([Some(loss), Some(info_nce), distill_q, distill_k, Some(top1)]) {
-        series(metric).extend(value.map(|value| (step as f64, f64::from(value))));
+fn log(metrics: &mut Vec<Metric>, series: impl Fn(&mut Metric) -> &mut Vec<(f64, f64)>, step: u64, losses: &Losses) {
+    let terms = losses.terms.iter().map(|(key, value)| (key.as_str(), *value));
+    for (key, value) in std::iter::once(("loss", losses.loss)).chain(terms) {
+        let place = metrics.iter().position(|metric| metric.key == key).unwrap_or_else(|| {
+            metrics.push(Metric { key: key.into(), epochs: Vec::new(), steps: Vec::new() });
+            metrics.len() - 1
+        });
+        series(&mut metrics[place]).push((step as f64, f64::from(value)));
     }
 }
 
@@ -179,7 +180,8 @@ mod tests {
     #[test]
     fn long_records_are_thinned_and_one_epoch_shows_its_steps() {
         let steps: Vec<(f64, f64)> = (1..=5000).map(|step| (f64::from(step), 1.0)).collect();
-        let metric = |epochs: usize| Metric { key: "loss", epochs: vec![(1.0, 1.0); epochs], steps: steps.clone() };
+        let metric =
+            |epochs: usize| Metric { key: "loss".into(), epochs: vec![(1.0, 1.0); epochs], steps: steps.clone() };
         assert_eq!(metric(2).curve(0, true).pale.len(), 1000);
         assert!(metric(2).curve(0, false).pale.is_empty());
         assert_eq!(metric(1).curve(0, true).points.len(), 5000);

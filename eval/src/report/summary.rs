@@ -219,7 +219,7 @@ fn run_summary(
     let measured_arch = || entry.records.first().map_or_else(|| "?".into(), |record| record.arch.clone());
     let final_metrics = training.map_or_else(BTreeMap::new, |training| {
         let last = |metric: &super::collect::Metric| {
-            metric.epochs.last().or(metric.steps.last()).map(|&(_, value)| (metric.key.to_string(), value))
+            metric.epochs.last().or(metric.steps.last()).map(|&(_, value)| (metric.key.clone(), value))
         };
         training.metrics.iter().filter_map(last).collect()
     });

@@ -122,6 +122,17 @@ impl Layers {
     }
 }
 
+/// What an encoder makes of a view.
+#[derive(Debug)]
+pub struct Outputs {
+    /// `(B, F)`: pooled, before the head.
+    pub features: Tensor,
+    /// `(B, D)`: after the head.
+    pub projections: Tensor,
+    /// `(B, D)`: the projections at unit length.
+    pub embeddings: Tensor,
+}
+
 /// A backbone and perhaps a projection head, with their parameters.
 ///
 /// # Examples
@@ -242,6 +253,22 @@ impl Encoder {
     /// `Error::Shape` for another shape; `Error::Invalid` when the batch cannot be cut into the batch norm groups.
     pub fn features(&self, xs: &Tensor, mode: Mode) -> Result<Tensor> {
         self.layers.backbone.forward(&mut self.pass(mode), xs)
+    }
+
+    /// Everything that a training uses of a view: features, what the head makes of them, and embeddings.
+    ///
+    /// # Shapes
+    /// - `xs`: `(B, H, W, 3)` f32, normalised images
+    ///
+    /// # Errors
+    /// As [`Encoder::embeddings`].
+    pub fn outputs(&self, xs: &Tensor, mode: Mode) -> Result<Outputs> {
+        let head = self.layers.head()?;
+        let mut pass = self.pass(mode);
+        let features = self.layers.backbone.forward(&mut pass, xs)?;
+        let projections = ops::projection_head(&features, head, &pass)?;
+        let embeddings = ops::l2_normalise(&projections, &pass)?;
+        Ok(Outputs { features, projections, embeddings })
     }
 
     /// Embeddings: the head applied to the features, rows of unit length.

@@ -222,6 +222,24 @@ impl Gradients {
     }
 }
 
+impl Gradients {
+    /// Adds other gradients of the same model to these.
+    ///
+    /// # Errors
+    /// A gradient of another shape.
+    pub fn add(&mut self, more: Self) -> Result<()> {
+        for (name, gradient) in more.tensors {
+            match self.tensors.get_mut(&name) {
+                Some(sum) => *sum = (&*sum + gradient)?,
+                None => {
+                    self.tensors.insert(name, gradient);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
 impl FromIterator<(String, Tensor)> for Gradients {
     fn from_iter<I: IntoIterator<Item = (String, Tensor)>>(gradients: I) -> Self {
         Self { tensors: gradients.into_iter().collect() }

@@ -102,7 +102,7 @@ fn distillation_brings_the_student_closer_to_its_teacher() -> Result<()> {
     ))?;
     let run = Run::open(scratch.path().join("student"))?;
     let epochs = run.metrics()?.epochs;
-    let distance = |epoch: usize| epochs[epoch].losses.distill_q.unwrap_or(f32::NAN);
+    let distance = |epoch: usize| epochs[epoch].losses.term("distill_q").unwrap_or(f32::NAN);
     assert!(distance(5) < 0.7 * distance(0), "{} then {}", distance(0), distance(5));
     Ok(())
 }

@@ -1,6 +1,9 @@
 //! Validated settings: what decides the bytes of a run, and what only decides how it is carried out.
 
-use std::path::PathBuf;
+mod distillation;
+mod method;
+mod optimisation;
+mod plan;
 
 use serde::Serialize;
 use shared::data_loader::Order;
@@ -8,7 +11,11 @@ use shared::models::{Arch, HeadConfig};
 use shared::run::Objective;
 use shared::{Error, Result};
 
-use crate::args::{LrUnit, Options, TrainArgs};
+pub use self::distillation::DistillationConfig;
+pub use self::method::{MethodConfig, MethodName, MocoConfig};
+pub use self::optimisation::OptimisationConfig;
+pub use self::plan::Plan;
+use crate::args::Options;
 
 /// Samples that share batch-norm statistics unless told otherwise: those of one GPU in the official setting.
 const BN_GROUP_SAMPLES: usize = 32;
@@ -16,8 +23,6 @@ const BN_GROUP_SAMPLES: usize = 32;
 const DEFAULT_BATCH_SIZE: usize = 256;
 /// The official width of an embedding.
 const DEFAULT_EMBEDDING_DIM: usize = 128;
-/// The official sum over 32 samples per GPU, as a weight of the mean.
-const DEFAULT_DISTILL_WEIGHT: f64 = 32.0;
 
 /// Everything that decides the bytes of a run, besides its inputs; the manifest records it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -31,29 +36,24 @@ pub struct Config {
     pub epochs: u64,
     /// B.
     pub batch_size: usize,
+    /// Pieces of a batch that are computed one after the other; not named when it is one.
+    #[serde(skip_serializing_if = "is_one")]
+    pub accumulate: usize,
     /// Groups with batch-norm statistics of their own.
     pub bn_groups: usize,
-    /// At the start.
-    pub lr: f64,
-    /// What the cosine counts.
-    pub lr_unit: LrUnit,
-    /// Of the gradient descent.
-    pub momentum: f64,
-    /// On all parameters.
-    pub weight_decay: f64,
-    /// K.
-    pub queue_size: usize,
-    /// Of the contrastive loss.
-    pub temperature: f64,
-    /// What the key encoder keeps of itself.
-    pub key_momentum: f64,
+    /// How the parameters move.
+    #[serde(flatten)]
+    pub optimisation: OptimisationConfig,
+    /// The self-supervised method.
+    #[serde(flatten)]
+    pub method: MethodConfig,
     /// Hidden width of the head.
     pub head_hidden: usize,
     /// D.
     pub embedding_dim: usize,
-    /// Per view; none without a teacher.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub distill_weight: Option<f64>,
+    /// What the teacher adds to the loss; none without a teacher.
+    #[serde(flatten)]
+    pub distillation: Option<DistillationConfig>,
     /// Whether the head comes from the weights that the run starts from.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub init_head: bool,
@@ -65,74 +65,13 @@ pub struct Config {
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_one(number: &usize) -> bool {
+    *number == 1
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
 fn is_random(order: &Order) -> bool {
     *order == Order::Random
-}
-
-/// What a run is made from and how it is carried out; no byte of the result depends on the latter.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Plan {
-    /// The pixels.
-    pub shards: PathBuf,
-    /// The teacher's embeddings; none for `pretrain`.
-    pub embeddings: Option<PathBuf>,
-    /// What to start from; drawn weights if none.
-    pub init: Option<PathBuf>,
-    /// The run.
-    pub output: PathBuf,
-    /// Additional checkpoints; none at epochs only.
-    pub checkpoint_steps: Option<u64>,
-    /// Checkpoints that stay.
-    pub keep: usize,
-    /// Steps after which to stop as if killed.
-    pub stop_after_steps: Option<u64>,
-    /// Start again.
-    pub overwrite: bool,
-    /// Show no progress.
-    pub quiet: bool,
-}
-
-impl Plan {
-    /// Picks the plan out of the options.
-    ///
-    /// # Errors
-    /// [`Error::Usage`] when a path is missing or makes no sense, or a number is 0.
-    pub fn new(objective: Objective, options: &Options, args: &TrainArgs) -> Result<Self> {
-        let required = |path: &Option<PathBuf>, flag: &str| {
-            path.clone().ok_or_else(|| Error::usage(format!("`{}` needs `--{flag}`", objective.name())))
-        };
-        let embeddings = match objective {
-            Objective::Distill => Some(required(&options.embeddings, "embeddings")?),
-            Objective::Pretrain => {
-                for (given, flag) in
-                    [(options.embeddings.is_some(), "embeddings"), (options.distill_weight.is_some(), "distill-weight")]
-                {
-                    if given {
-                        let message = format!("`pretrain` has no teacher and takes no `--{flag}`: use `distill`");
-                        return Err(Error::usage(message));
-                    }
-                }
-                None
-            }
-        };
-        if options.checkpoint_steps == Some(0) || options.keep == Some(0) {
-            return Err(Error::usage("`--checkpoint-steps` and `--keep` must be at least 1"));
-        }
-        if options.init_head == Some(true) && options.init.is_none() {
-            return Err(Error::usage("`--init-head` needs `--init`, which names the weights to take the head from"));
-        }
-        Ok(Self {
-            shards: required(&options.shards, "shards")?,
-            embeddings,
-            init: options.init.clone(),
-            output: required(&options.output, "output")?,
-            checkpoint_steps: options.checkpoint_steps,
-            keep: options.keep.unwrap_or(2),
-            stop_after_steps: args.stop_after_steps,
-            overwrite: args.common.overwrite,
-            quiet: args.common.quiet,
-        })
-    }
 }
 
 impl Config {
@@ -144,24 +83,19 @@ impl Config {
     /// [`Error::Usage`] that names the flag.
     pub fn new(objective: Objective, options: &Options, teacher_dim: Option<usize>) -> Result<Self> {
         let batch_size = options.batch_size.unwrap_or(DEFAULT_BATCH_SIZE);
-        let distill_weight =
-            (objective == Objective::Distill).then(|| options.distill_weight.unwrap_or(DEFAULT_DISTILL_WEIGHT));
+        let distillation = (objective == Objective::Distill).then(|| DistillationConfig::new(options)).transpose()?;
         let config = Self {
             objective,
             student: options.student.unwrap_or(Arch::ResNet18),
             epochs: options.epochs.unwrap_or(200),
             batch_size,
+            accumulate: options.accumulate.unwrap_or(1),
             bn_groups: options.bn_groups.unwrap_or_else(|| default_bn_groups(batch_size)),
-            lr: options.lr.unwrap_or(0.03),
-            lr_unit: options.lr_unit.unwrap_or_default(),
-            momentum: options.momentum.unwrap_or(0.9),
-            weight_decay: options.weight_decay.unwrap_or(1e-4),
-            queue_size: options.queue_size.unwrap_or(65536),
-            temperature: options.temperature.unwrap_or(0.2),
-            key_momentum: options.key_momentum.unwrap_or(0.999),
+            optimisation: OptimisationConfig::new(options)?,
+            method: MethodConfig::new(objective, options, batch_size)?,
             head_hidden: options.head_hidden.unwrap_or(2048),
             embedding_dim: embedding_dim(options.embedding_dim, teacher_dim)?,
-            distill_weight,
+            distillation,
             init_head: options.init_head.unwrap_or(false),
             order: options.order.unwrap_or_default(),
             seed: options.seed.unwrap_or(0),
@@ -200,24 +134,19 @@ impl Config {
         at_least("bn-groups", self.bn_groups as u64, 1)?;
         at_least("head-hidden", self.head_hidden as u64, 1)?;
         at_least("embedding-dim", self.embedding_dim as u64, 1)?;
-        let Self { batch_size, bn_groups, queue_size, .. } = *self;
+        at_least("accumulate", self.accumulate as u64, 1)?;
+        let Self { batch_size, bn_groups, accumulate, .. } = *self;
         if !batch_size.is_multiple_of(bn_groups) || batch_size / bn_groups < 2 {
             return Err(Error::usage(format!(
                 "`--bn-groups` {bn_groups} must divide `--batch-size` {batch_size} into groups of at least 2 samples"
             )));
         }
-        if queue_size < batch_size {
-            let message =
-                format!("`--queue-size` {queue_size} must hold at least one `--batch-size` of {batch_size} keys");
-            return Err(Error::usage(message));
+        if !bn_groups.is_multiple_of(accumulate) {
+            return Err(Error::usage(format!(
+                "`--accumulate` {accumulate} must divide the {bn_groups} batch-norm groups of a batch"
+            )));
         }
-        within("lr", self.lr, self.lr > 0.0, "positive")?;
-        within("momentum", self.momentum, (0.0..1.0).contains(&self.momentum), "at least 0 and below 1")?;
-        within("weight-decay", self.weight_decay, self.weight_decay >= 0.0, "at least 0")?;
-        within("temperature", self.temperature, self.temperature > 0.0, "positive")?;
-        within("key-momentum", self.key_momentum, (0.0..=1.0).contains(&self.key_momentum), "from 0 to 1")?;
-        let weight = self.distill_weight.unwrap_or(0.0);
-        within("distill-weight", weight, weight >= 0.0, "at least 0")
+        Ok(())
     }
 }
 
@@ -255,13 +184,15 @@ mod tests {
     #[test]
     fn defaults_are_the_official_settings() {
         let config = Config::new(Objective::Distill, &Options::default(), Some(64)).unwrap();
-        assert_eq!((config.batch_size, config.bn_groups, config.queue_size), (256, 8, 65536));
-        assert_eq!((config.lr, config.momentum, config.weight_decay), (0.03, 0.9, 1e-4));
-        assert_eq!((config.temperature, config.key_momentum), (0.2, 0.999));
+        assert_eq!((config.batch_size, config.bn_groups, config.accumulate), (256, 8, 1));
+        let OptimisationConfig { lr, momentum, weight_decay, .. } = config.optimisation;
+        assert_eq!((lr, momentum, weight_decay), (0.03, 0.9, 1e-4));
+        let moco = MocoConfig { queue_size: 65536, temperature: 0.2, key_momentum: 0.999 };
+        assert_eq!(config.method, MethodConfig::MocoV2(moco));
         assert_eq!((config.head_hidden, config.embedding_dim), (2048, 64));
-        assert_eq!(config.distill_weight, Some(32.0));
+        assert_eq!(config.distillation, Some(DistillationConfig { distill_weight: 32.0 }));
         let config = Config::new(Objective::Pretrain, &Options::default(), None).unwrap();
-        assert_eq!((config.embedding_dim, config.distill_weight), (128, None));
+        assert_eq!((config.embedding_dim, config.distillation), (128, None));
     }
 
     #[test]
@@ -273,7 +204,8 @@ mod tests {
 
     #[test]
     fn senseless_values_are_named() {
-        let cases: [(Options, &str); 12] = [
+        let cases: [(Options, &str); 13] = [
+            (Options { accumulate: Some(3), ..Options::default() }, "--accumulate"),
             (Options { epochs: Some(0), ..Options::default() }, "--epochs"),
             (Options { batch_size: Some(1), ..Options::default() }, "--batch-size"),
             (Options { bn_groups: Some(3), ..Options::default() }, "--bn-groups"),

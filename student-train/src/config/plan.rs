@@ -1,0 +1,74 @@
+//! What a run is made from and how it is carried out; no byte of the result depends on the latter.
+
+use std::path::PathBuf;
+
+use shared::run::Objective;
+use shared::{Error, Result};
+
+use crate::args::{Options, TrainArgs};
+
+/// What a run is made from and how it is carried out; no byte of the result depends on the latter.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plan {
+    /// The pixels.
+    pub shards: PathBuf,
+    /// The teacher's embeddings; none for `pretrain`.
+    pub embeddings: Option<PathBuf>,
+    /// What to start from; drawn weights if none.
+    pub init: Option<PathBuf>,
+    /// The run.
+    pub output: PathBuf,
+    /// Additional checkpoints; none at epochs only.
+    pub checkpoint_steps: Option<u64>,
+    /// Checkpoints that stay.
+    pub keep: usize,
+    /// Steps after which to stop as if killed.
+    pub stop_after_steps: Option<u64>,
+    /// Start again.
+    pub overwrite: bool,
+    /// Show no progress.
+    pub quiet: bool,
+}
+
+impl Plan {
+    /// Picks the plan out of the options.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when a path is missing or makes no sense, or a number is 0.
+    pub fn new(objective: Objective, options: &Options, args: &TrainArgs) -> Result<Self> {
+        let required = |path: &Option<PathBuf>, flag: &str| {
+            path.clone().ok_or_else(|| Error::usage(format!("`{}` needs `--{flag}`", objective.name())))
+        };
+        let embeddings = match objective {
+            Objective::Distill => Some(required(&options.embeddings, "embeddings")?),
+            Objective::Pretrain => {
+                for (given, flag) in
+                    [(options.embeddings.is_some(), "embeddings"), (options.distill_weight.is_some(), "distill-weight")]
+                {
+                    if given {
+                        let message = format!("`pretrain` has no teacher and takes no `--{flag}`: use `distill`");
+                        return Err(Error::usage(message));
+                    }
+                }
+                None
+            }
+        };
+        if options.checkpoint_steps == Some(0) || options.keep == Some(0) {
+            return Err(Error::usage("`--checkpoint-steps` and `--keep` must be at least 1"));
+        }
+        if options.init_head == Some(true) && options.init.is_none() {
+            return Err(Error::usage("`--init-head` needs `--init`, which names the weights to take the head from"));
+        }
+        Ok(Self {
+            shards: required(&options.shards, "shards")?,
+            embeddings,
+            init: options.init.clone(),
+            output: required(&options.output, "output")?,
+            checkpoint_steps: options.checkpoint_steps,
+            keep: options.keep.unwrap_or(2),
+            stop_after_steps: args.stop_after_steps,
+            overwrite: args.common.overwrite,
+            quiet: args.common.quiet,
+        })
+    }
+}
