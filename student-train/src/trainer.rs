@@ -7,15 +7,15 @@
 //!    weights to start from;
 //! 4. `metrics.jsonl`, cut back to that checkpoint;
 //! 5. the batches from its step on, made ahead;
-//! 6. steps; after each epoch, and every `--checkpoint-steps`, a checkpoint;
-//! 7. `student.safetensors`, and `manifest.json` last.
+//! 6. steps; a checkpoint when one is due, and when the training is asked to stop;
+//! 7. the last checkpoint, `student.safetensors`, and `manifest.json` last.
 //!
 //! Orders, views and shuffles are functions of the seed and the step, so nothing else needs to be saved.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use shared::checkpoint::{CHECKPOINT_DIRECTORY, Checkpoint, Checkpoints};
@@ -39,7 +39,9 @@ use crate::config::{Config, OptimisationConfig, Plan};
 use crate::export::write_student;
 use crate::init::Init;
 use crate::method::Counters;
+use crate::saver::Saver;
 use crate::step::{Batch, TrainingState, batch_shuffle};
+use crate::stopping::{StopReason, StopWatch};
 use crate::train_log::{Display, EpochSums, TrainLog};
 
 /// The role under which a run records its embedding set.
@@ -69,8 +71,15 @@ pub enum Outcome {
     Trained(Manifest),
     /// It had been finished before.
     AlreadyFinished(Manifest),
-    /// It was stopped by `--stop-after-steps`; steps done over all calls.
-    Stopped(u64),
+    /// It was stopped before its end.
+    Stopped {
+        /// Steps done, over all calls.
+        steps: u64,
+        /// Steps of the whole run.
+        of_steps: u64,
+        /// Why.
+        reason: StopReason,
+    },
 }
 
 /// Trains, or goes on training, until the run is finished.
@@ -79,6 +88,7 @@ pub enum Outcome {
 /// [`Error::Usage`] for settings that make no sense for these inputs; [`Error::Chain`] when inputs, run and settings do not belong
 /// together; [`Error::Invalid`] when the loss stops being finite; what reading and writing files can give.
 pub fn train(objective: Objective, options: &Options, plan: &Plan) -> Result<Outcome> {
+    let watch = StopWatch::start(plan.time_limit);
     let shards = ShardSet::open(&plan.shards)?;
     let embeddings = plan.embeddings.as_ref().map(|path| EmbeddingSet::open(path, &shards)).transpose()?;
     let config = Config::new(objective, options, embeddings.as_ref().map(EmbeddingSet::embedding_dim))?;
@@ -94,14 +104,14 @@ pub fn train(objective: Objective, options: &Options, plan: &Plan) -> Result<Out
         Begun::Finished(manifest) => return Ok(Outcome::AlreadyFinished(manifest)),
         Begun::Writing(output) => output,
     };
-    Trainer::start(&config, plan, &identity, init.as_ref(), &output, batches)?.run(output)
+    Trainer::start(&config, plan, &identity, init.as_ref(), &output, batches)?.run(output, watch)
 }
 
 struct Trainer<'a> {
     config: &'a Config,
     plan: &'a Plan,
     batches: Arc<Batches>,
-    checkpoints: Checkpoints,
+    saver: Saver,
     state: TrainingState,
     log: TrainLog,
     config_file: FileEntry,
@@ -163,33 +173,43 @@ impl<'a> Trainer<'a> {
         };
         let position = resumed.as_ref().map(|(_, progressed)| (&progressed.metrics, progressed.epoch_sums.clone()));
         let log = TrainLog::open(run, position, step, display)?;
+        let saver = Saver::new(checkpoints, plan.checkpoints, resumed.as_ref().map(|(step, _)| *step));
         let last_epoch = resumed.and_then(|(_, progressed)| progressed.last_epoch);
-        Ok(Self { config, plan, batches, checkpoints, state, log, config_file, step, last_epoch })
+        Ok(Self { config, plan, batches, saver, state, log, config_file, step, last_epoch })
     }
 
-    fn run(mut self, output: OutputDir) -> Result<Outcome> {
-        let total = self.config.epochs * self.batches.steps_per_epoch();
+    fn run(mut self, output: OutputDir, watch: StopWatch) -> Result<Outcome> {
+        let steps_per_epoch = self.batches.steps_per_epoch();
+        let total = self.config.epochs * steps_per_epoch;
         let stop = self.plan.stop_after_steps.map_or(total, |steps| total.min(self.step.saturating_add(steps)));
         let mut batches = self.batches.prefetch(self.step..stop)?;
         while self.step < stop {
+            let began = Instant::now();
             let (metrics, waited) = self.one_step(&mut batches)?;
             self.log.step(&metrics, waited)?;
-            let epoch_ends = self.step.is_multiple_of(self.batches.steps_per_epoch());
-            if epoch_ends {
+            let epoch_end = self.step.is_multiple_of(steps_per_epoch).then_some(self.step / steps_per_epoch);
+            if epoch_end.is_some() {
                 self.last_epoch = Some(self.log.epoch(&metrics)?);
             }
-            let due = self.plan.checkpoint_steps.is_some_and(|steps| self.step.is_multiple_of(steps));
-            if epoch_ends || due {
+            self.saver.check()?;
+            let reason = watch.reason(began.elapsed()).filter(|_| self.step < total);
+            if reason.is_some() || self.step == total || self.saver.due(self.step, epoch_end) {
                 self.save()?;
             }
+            if let Some(reason) = reason {
+                self.saver.wait()?;
+                return Ok(Outcome::Stopped { steps: self.step, of_steps: total, reason });
+            }
         }
+        drop(batches);
+        self.saver.wait()?;
         if self.step < total {
-            return Ok(Outcome::Stopped(self.step));
+            return Ok(Outcome::Stopped { steps: self.step, of_steps: total, reason: StopReason::Steps });
         }
         self.finish(output)
     }
 
-    fn one_step(&mut self, batches: &mut Prefetcher<Batch>) -> Result<(StepMetrics, std::time::Duration)> {
+    fn one_step(&mut self, batches: &mut Prefetcher<Batch>) -> Result<(StepMetrics, Duration)> {
         let asked = Instant::now();
         let Some(batch) = batches.next() else {
             return Err(Error::invalid("the batches ended before the run", "please report this"));
@@ -212,7 +232,7 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    fn save(&self) -> Result<[FileEntry; 2]> {
+    fn save(&mut self) -> Result<()> {
         let (metrics, epoch_sums) = self.log.position()?;
         let steps_per_epoch = self.batches.steps_per_epoch();
         let progressed = Progressed {
@@ -224,13 +244,13 @@ impl<'a> Trainer<'a> {
             epoch_sums,
             isa: Some(isa()),
         };
-        self.checkpoints.save(self.step, progressed, &self.state.to_tensors()?)
+        self.saver.save(self.step, progressed, self.state.to_tensors()?)
     }
 
     fn finish(self, output: OutputDir) -> Result<Outcome> {
         let image_size = [self.batches.shards().height(), self.batches.shards().width()];
         let student = write_student(output.path(), self.state.query(), image_size)?;
-        let directory = self.checkpoints.directory();
+        let directory = self.saver.checkpoints().directory();
         let mut files = vec![self.config_file, student];
         for name in [shared::checkpoint::tensors_file_name(self.step), shared::checkpoint::record_file_name(self.step)]
         {
