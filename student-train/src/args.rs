@@ -237,6 +237,35 @@ pub struct Options {
     #[arg(long, value_name = "TIME", help_heading = "Checkpoints")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub time_limit: Option<TimeLimit>,
+
+    /// Labelled shard set in which a probe looks for nearest neighbours while the student learns [default: no probe]
+    ///
+    /// The probe classifies the samples of `--probe-val`, or each sample of this set by the others, by the features of the student as
+    /// `student-eval knn` does. It changes nothing of the training. Its accuracy goes to `metrics.jsonl` and `TensorBoard`, and the best
+    /// student so far to `student-best.safetensors`.
+    #[arg(long, value_name = "DIR", help_heading = "Probe")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub probe_train: Option<PathBuf>,
+
+    /// Labelled shard set that the probe classifies; not the one that the results are reported on
+    #[arg(long, value_name = "DIR", help_heading = "Probe")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub probe_val: Option<PathBuf>,
+
+    /// Epochs between probes; there is one at the end of the run [default: 10]
+    #[arg(long, value_name = "N", help_heading = "Probe")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub probe_epochs: Option<u64>,
+
+    /// Neighbours that vote in the probe [default: 20]
+    #[arg(long, value_name = "N", help_heading = "Probe")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub probe_k: Option<usize>,
+
+    /// Steps between points of the curves in `tensorboard/` [default: 10]
+    #[arg(long, value_name = "N", help_heading = "Common options")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log_steps: Option<u64>,
 }
 
 /// Formats of an exported student.

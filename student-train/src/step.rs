@@ -13,6 +13,7 @@ use shared::{Error, Fault, Result};
 use crate::config::{Config, OptimisationConfig};
 use crate::distillation::Distillation;
 use crate::method::{Counters, Method, StepInput};
+use crate::spread::Observed;
 use crate::trainable::{GradientSum, Trainable};
 
 /// What the names of the optimiser's momenta begin with in a checkpoint.
@@ -43,6 +44,7 @@ pub struct TrainingState {
     optimizers: BTreeMap<&'static str, Sgd>,
     bn_groups: usize,
     accumulate: usize,
+    observed: Observed,
 }
 
 impl TrainingState {
@@ -66,6 +68,7 @@ impl TrainingState {
             optimizers: BTreeMap::new(),
             bn_groups: config.bn_groups,
             accumulate: config.accumulate,
+            observed: Observed::default(),
         };
         let OptimisationConfig { momentum, weight_decay, .. } = config.optimisation;
         let sgd = || Sgd::new(SgdConfig { momentum, weight_decay });
@@ -76,6 +79,11 @@ impl TrainingState {
     /// The encoder that learns.
     pub fn query(&self) -> &Encoder {
         &self.query
+    }
+
+    /// What is seen of the embeddings of the next step, or was of the last.
+    pub fn observed(&self) -> &Observed {
+        &self.observed
     }
 
     /// The self-supervised method.
@@ -122,6 +130,7 @@ impl TrainingState {
             shuffle,
             bn_groups: self.bn_groups,
             accumulate: self.accumulate,
+            observed: &self.observed,
         };
         let losses = self.method.gradients(&input, &mut gradients)?;
         if !losses.loss.is_finite() {

@@ -13,7 +13,7 @@
 //! Orders, views and shuffles are functions of the seed and the step, so nothing else needs to be saved.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -28,7 +28,9 @@ use shared::manifest::{Identity, Manifest, Stage};
 use shared::ops::{Isa, isa};
 use shared::output::{Begun, OutputDir};
 use shared::progress::note;
-use shared::run::{CONFIG_FILE, Losses, METRICS_FILE, Objective, RunDetails, StepMetrics};
+use shared::run::{
+    BEST_STUDENT_FILE, BestStudent, CONFIG_FILE, Losses, METRICS_FILE, Objective, RunDetails, StepMetrics,
+};
 use shared::schedule::Cosine;
 use shared::shard::ShardSet;
 use shared::{Error, Fault, Result};
@@ -36,12 +38,14 @@ use shared::{Error, Fault, Result};
 use crate::args::{LrUnit, Options};
 use crate::batches::{Batches, queue_advice};
 use crate::config::{Config, OptimisationConfig, Plan};
-use crate::export::write_student;
+use crate::export::{write_best, write_student};
 use crate::init::Init;
 use crate::method::Counters;
+use crate::probe::Probe;
 use crate::saver::Saver;
 use crate::step::{Batch, TrainingState, batch_shuffle};
 use crate::stopping::{StopReason, StopWatch};
+use crate::timing::Speed;
 use crate::train_log::{Display, EpochSums, TrainLog};
 
 /// The role under which a run records its embedding set.
@@ -59,6 +63,9 @@ struct Progressed {
     last_epoch: Option<Losses>,
     metrics: LogPosition,
     epoch_sums: EpochSums,
+    /// What the probe found best so far.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    best: Option<BestStudent>,
     /// The instruction set that computed the steps since the checkpoint before it; not known of older checkpoints.
     #[serde(default)]
     isa: Option<Isa>,
@@ -68,7 +75,7 @@ struct Progressed {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Outcome {
     /// The run was finished by this call.
-    Trained(Manifest),
+    Trained(Manifest, Speed),
     /// It had been finished before.
     AlreadyFinished(Manifest),
     /// It was stopped before its end.
@@ -79,6 +86,8 @@ pub enum Outcome {
         of_steps: u64,
         /// Why.
         reason: StopReason,
+        /// How fast this call was.
+        speed: Speed,
     },
 }
 
@@ -98,22 +107,31 @@ pub fn train(objective: Objective, options: &Options, plan: &Plan) -> Result<Out
     }
     let init = Init::find(plan, &config)?;
     inputs.extend(init.as_ref().map(|init| init.input().clone()));
+    let probe = match (&plan.probe, config.probe) {
+        (Some(paths), Some(config)) => Some(Probe::open(paths, config, &shards)?),
+        _ => None,
+    };
+    inputs.extend(probe.iter().flat_map(Probe::inputs));
     let batches = Arc::new(Batches::new(shards, embeddings, config.batch_size, config.seed, config.order)?);
     let identity = Identity::new(Stage::StudentTrain, &config, config.seed, inputs)?;
     let output = match OutputDir::begin(&plan.output, &identity, plan.overwrite)? {
         Begun::Finished(manifest) => return Ok(Outcome::AlreadyFinished(manifest)),
         Begun::Writing(output) => output,
     };
-    Trainer::start(&config, plan, &identity, init.as_ref(), &output, batches)?.run(output, watch)
+    Trainer::start(&config, plan, &identity, init.as_ref(), &output, batches, probe)?.run(output, watch)
 }
 
 struct Trainer<'a> {
     config: &'a Config,
     plan: &'a Plan,
     batches: Arc<Batches>,
+    /// The directory.
+    run: PathBuf,
     saver: Saver,
     state: TrainingState,
     log: TrainLog,
+    probe: Option<Probe>,
+    best: Option<BestStudent>,
     config_file: FileEntry,
     /// Steps done.
     step: u64,
@@ -128,6 +146,7 @@ impl<'a> Trainer<'a> {
         init: Option<&Init>,
         output: &OutputDir,
         batches: Arc<Batches>,
+        probe: Option<Probe>,
     ) -> Result<Self> {
         let run = output.path();
         let config_file = write_atomic(run.join(CONFIG_FILE), config.to_toml(init.is_some())?.as_bytes())?;
@@ -168,14 +187,30 @@ impl<'a> Trainer<'a> {
         let display = Display {
             epochs: config.epochs,
             steps: config.epochs * batches.steps_per_epoch(),
+            steps_per_epoch: batches.steps_per_epoch(),
             batch_size: config.batch_size,
+            log_steps: plan.log_steps,
             quiet: plan.quiet,
         };
         let position = resumed.as_ref().map(|(_, progressed)| (&progressed.metrics, progressed.epoch_sums.clone()));
         let log = TrainLog::open(run, position, step, display)?;
         let saver = Saver::new(checkpoints, plan.checkpoints, resumed.as_ref().map(|(step, _)| *step));
-        let last_epoch = resumed.and_then(|(_, progressed)| progressed.last_epoch);
-        Ok(Self { config, plan, batches, saver, state, log, config_file, step, last_epoch })
+        let (last_epoch, best) =
+            resumed.map(|(_, progressed)| (progressed.last_epoch, progressed.best)).unwrap_or_default();
+        Ok(Self {
+            config,
+            plan,
+            batches,
+            run: run.to_path_buf(),
+            saver,
+            state,
+            log,
+            probe,
+            best,
+            config_file,
+            step,
+            last_epoch,
+        })
     }
 
     fn run(mut self, output: OutputDir, watch: StopWatch) -> Result<Outcome> {
@@ -185,28 +220,72 @@ impl<'a> Trainer<'a> {
         let mut batches = self.batches.prefetch(self.step..stop)?;
         while self.step < stop {
             let began = Instant::now();
+            self.state.observed().look(self.log.looks_at(self.step));
             let (metrics, waited) = self.one_step(&mut batches)?;
-            self.log.step(&metrics, waited)?;
+            self.log.step(&metrics, waited, self.state.observed().spread()?)?;
             let epoch_end = self.step.is_multiple_of(steps_per_epoch).then_some(self.step / steps_per_epoch);
-            if epoch_end.is_some() {
+            let took = began.elapsed();
+            if let Some(epoch) = epoch_end {
                 self.last_epoch = Some(self.log.epoch(&metrics)?);
+                self.probe(epoch)?;
             }
             self.saver.check()?;
-            let reason = watch.reason(began.elapsed()).filter(|_| self.step < total);
+            let reason = watch.reason(took).filter(|_| self.step < total);
             if reason.is_some() || self.step == total || self.saver.due(self.step, epoch_end) {
                 self.save()?;
             }
             if let Some(reason) = reason {
                 self.saver.wait()?;
-                return Ok(Outcome::Stopped { steps: self.step, of_steps: total, reason });
+                return Ok(self.stopped(reason));
             }
         }
         drop(batches);
         self.saver.wait()?;
         if self.step < total {
-            return Ok(Outcome::Stopped { steps: self.step, of_steps: total, reason: StopReason::Steps });
+            return Ok(self.stopped(StopReason::Steps));
         }
         self.finish(output)
+    }
+
+    fn stopped(&self, reason: StopReason) -> Outcome {
+        let of_steps = self.config.epochs * self.batches.steps_per_epoch();
+        Outcome::Stopped { steps: self.step, of_steps, reason, speed: self.log.speed() }
+    }
+
+    /// Probes the student after an epoch, counted from 1, and keeps it when it is better than before.
+    fn probe(&mut self, epoch: u64) -> Result<()> {
+        let Some(probe) = self.probe.as_ref().filter(|probe| probe.due(epoch, self.config.epochs)) else {
+            return Ok(());
+        };
+        let accuracy = probe.accuracy(self.state.query())?;
+        let (epoch, step) = (epoch - 1, self.step);
+        self.log.probe(epoch, step, accuracy)?;
+        if self.best.as_ref().is_none_or(|best| accuracy.top1 > best.accuracy.top1) {
+            let file = write_best(&self.run, self.state.query(), self.image_size())?;
+            self.best = Some(BestStudent { epoch, step, accuracy, file });
+        }
+        Ok(())
+    }
+
+    fn image_size(&self) -> [usize; 2] {
+        [self.batches.shards().height(), self.batches.shards().width()]
+    }
+
+    /// The best student, if its file is there; the last probe of a run that went on with other instructions may have replaced it.
+    fn best(&self) -> Result<Option<(BestStudent, FileEntry)>> {
+        let Some(best) = self.best.clone() else { return Ok(None) };
+        let path = self.run.join(BEST_STUDENT_FILE);
+        match path.exists().then(|| hash_file(&path)).transpose()? {
+            Some(file) if file == best.file => Ok(Some((best, file))),
+            _ => {
+                note(&format!(
+                    "warning: `{}` is not the student of step {} that was found best: the run does not list it",
+                    path.display(),
+                    best.step
+                ));
+                Ok(None)
+            }
+        }
     }
 
     fn one_step(&mut self, batches: &mut Prefetcher<Batch>) -> Result<(StepMetrics, Duration)> {
@@ -242,21 +321,26 @@ impl<'a> Trainer<'a> {
             last_epoch: self.last_epoch.clone(),
             metrics,
             epoch_sums,
+            best: self.best.clone(),
             isa: Some(isa()),
         };
         self.saver.save(self.step, progressed, self.state.to_tensors()?)
     }
 
     fn finish(self, output: OutputDir) -> Result<Outcome> {
-        let image_size = [self.batches.shards().height(), self.batches.shards().width()];
+        let image_size = self.image_size();
         let student = write_student(output.path(), self.state.query(), image_size)?;
         let directory = self.saver.checkpoints().directory();
-        let mut files = vec![self.config_file, student];
+        let mut files = vec![self.config_file.clone(), student];
         for name in [shared::checkpoint::tensors_file_name(self.step), shared::checkpoint::record_file_name(self.step)]
         {
             let entry = hash_file(directory.join(name))?;
             files.push(FileEntry { path: format!("{CHECKPOINT_DIRECTORY}/{}", entry.path), ..entry });
         }
+        let best = self.best()?.map(|(best, file)| {
+            files.push(file);
+            best
+        });
         let details = RunDetails {
             objective: self.config.objective,
             arch: self.config.student,
@@ -266,6 +350,7 @@ impl<'a> Trainer<'a> {
             image_size,
             checkpoint: format!("{CHECKPOINT_DIRECTORY}/{}", shared::checkpoint::tensors_file_name(self.step)),
             final_losses: self.last_epoch.clone().unwrap_or_default(),
+            best,
         };
         let counts = BTreeMap::from([
             ("samples".into(), self.batches.shards().len() as u64),
@@ -273,10 +358,11 @@ impl<'a> Trainer<'a> {
             ("steps".into(), self.step),
             ("images".into(), self.step * self.config.batch_size as u64),
         ]);
+        let speed = self.log.speed();
         files.push(self.log.finish()?);
         let details = serde_json::to_value(details)
             .map_err(|e| Error::invalid(format!("the run's details have no JSON form: {e}"), ""))?;
-        Ok(Outcome::Trained(output.finish(counts, details, files)?))
+        Ok(Outcome::Trained(output.finish(counts, details, files)?, speed))
     }
 }
 
@@ -312,6 +398,7 @@ mod tests {
             last_epoch: None,
             metrics: LogPosition { bytes: 4, blake3: String::new() },
             epoch_sums: EpochSums::default(),
+            best: None,
             isa: Some(Isa::Portable),
         };
         let mut json = serde_json::to_value(&named).unwrap();

@@ -67,6 +67,7 @@ impl Moco {
     /// `moco/builder_kq_mse_largeembedding_2048.py`, `forward`.
     pub(super) fn gradients(&mut self, input: &StepInput<'_>, gradients: &mut GradientSum) -> Result<Losses> {
         let keys = self.embed_keys(input)?; // (B, D)
+        input.observed.keys(&keys, self.queue.keys())?;
         let losses = two_views(input, Some(Contrast { moco: self, keys: &keys }), gradients)?;
         self.entering = Some(keys);
         Ok(losses)

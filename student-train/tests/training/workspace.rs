@@ -18,18 +18,34 @@ const SIZE: usize = 16;
 
 /// A shard set of noise: two shards, `views` views each.
 pub(crate) fn write_shards(directory: &Path, samples: usize, views: usize, seed: u64) -> Result<()> {
+    write_set(directory, samples, views, seed, SIZE, &[])
+}
+
+/// A shard set of noise with one view and `size` pixels to a side; the samples belong to the classes in turn.
+pub(crate) fn write_labelled(directory: &Path, samples: usize, size: usize, classes: &[&str]) -> Result<()> {
+    write_set(directory, samples, 1, 1, size, classes)
+}
+
+fn write_set(directory: &Path, samples: usize, views: usize, seed: u64, size: usize, classes: &[&str]) -> Result<()> {
     fs::create_dir_all(directory).map_err(shared::Error::io("create", directory))?;
     let mut files = Vec::new();
     for (index, ids) in split(samples).into_iter().enumerate() {
-        let mut writer = ShardWriter::create(directory.join(shard_file_name(index)), ids.len(), views, SIZE, SIZE)?;
+        let mut writer = ShardWriter::create(directory.join(shard_file_name(index)), ids.len(), views, size, size)?;
         for id in ids {
             let mut rng = KeyedRng::new("test pixels", seed, &[id]);
-            let pixels: Vec<u8> = (0..views * SIZE * SIZE * 3).map(|_| rng.below(256) as u8).collect();
-            writer.push(id, -1, &pixels, &vec![0.0; views * VIEW_PARAMETERS.len()])?;
+            let pixels: Vec<u8> = (0..views * size * size * 3).map(|_| rng.below(256) as u8).collect();
+            let label = if classes.is_empty() { -1 } else { (id / 7) as i64 % classes.len() as i64 };
+            writer.push(id, label, &pixels, &vec![0.0; views * VIEW_PARAMETERS.len()])?;
         }
         files.push(writer.finish()?);
     }
-    let details = ShardSetDetails { views, height: SIZE, width: SIZE, ..ShardSetDetails::default() };
+    let details = ShardSetDetails {
+        views,
+        height: size,
+        width: size,
+        classes: classes.iter().map(ToString::to_string).collect(),
+        ..ShardSetDetails::default()
+    };
     let identity = Identity::new(Stage::DataPrep, &serde_json::json!({}), seed, Vec::new())?;
     let counts = BTreeMap::from([("samples".to_string(), samples as u64)]);
     Manifest::new(identity, counts, serde_json::json!(details), files).write(directory)

@@ -1,9 +1,5 @@
 //! Runs that die: by `kill -9` at any moment, by a request to stop, by a disk that fills up. What goes on has the bytes of a
 //! straight run.
-#![cfg(unix)]
-
-#[path = "training/workspace.rs"]
-mod workspace;
 
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
@@ -11,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use shared::rng::KeyedRng;
 use shared::{Error, Result};
-use workspace::Workspace;
+
+use crate::workspace::Workspace;
 
 /// The smallest network there is, and a single checkpoint at the end unless told otherwise.
 const QUICK: [&str; 4] = ["--student=tf_efficientnet_lite0", "--threads=2", "--checkpoint-minutes=1000", "--keep=1"];
