@@ -20,6 +20,7 @@ pub mod progress;
 pub mod typeface;
 pub mod ops;
 pub mod cli;
+pub mod distributed;
 pub mod models;
 pub mod onnx;
 pub mod weights;
