@@ -8,6 +8,7 @@
 //! Weights of other programs come in by `import`, or directly as the start of a run; students leave by `export`.
 
 pub mod args;
+pub mod averaging;
 pub mod batches;
 pub mod config;
 pub mod distillation;
@@ -16,6 +17,7 @@ pub mod import;
 pub mod init;
 pub mod method;
 pub mod part;
+pub mod ranks;
 pub mod step;
 pub mod train_log;
 pub mod trainable;
@@ -26,6 +28,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 use shared::cli::{print, print_json, with_config_file, with_threads};
+use shared::distributed::World;
 use shared::manifest::Manifest;
 use shared::run::{Losses, Objective, RunDetails, STUDENT_FILE};
 use shared::{Error, Result};
@@ -76,20 +79,33 @@ pub struct Trained {
 /// # Errors
 /// As [`trainer::train`], [`export::export`] and [`import::import`].
 pub fn run(args: &Args) -> Result<Summary> {
+    run_in(args, &World::alone())
+}
+
+/// Runs a command on one of several ranks; all know the summary.
+///
+/// # Errors
+/// As [`run`]; [`Error::Usage`] for commands that are of no use to several ranks.
+pub fn run_in(args: &Args, world: &World) -> Result<Summary> {
     match &args.command {
-        Command::Distill(args) => train(Objective::Distill, args).map(Summary::Trained),
-        Command::Pretrain(args) => train(Objective::Pretrain, args).map(Summary::Trained),
+        Command::Distill(args) => train(Objective::Distill, args, world).map(Summary::Trained),
+        Command::Pretrain(args) => train(Objective::Pretrain, args, world).map(Summary::Trained),
+        Command::Export(_) | Command::Import(_) if !world.is_alone() => world
+            .agree(Err(Error::usage("`export` and `import` run in one process: start them without an MPI launcher"))),
         Command::Export(args) => export::export(args).map(Summary::Exported),
         Command::Import(args) => import::import(args).map(Summary::Imported),
     }
 }
 
-/// Runs a command and prints its summary on standard output.
+/// Runs a command and, on the first rank, prints its summary on standard output.
 ///
 /// # Errors
-/// As [`run`].
-pub fn run_and_print(args: &Args) -> Result<()> {
-    let summary = run(args)?;
+/// As [`run_in`].
+pub fn run_and_print(args: &Args, world: &World) -> Result<()> {
+    let summary = run_in(args, world)?;
+    if !world.is_first() {
+        return Ok(());
+    }
     let json = match &args.command {
         Command::Distill(args) | Command::Pretrain(args) => args.common.json,
         Command::Export(args) => args.json,
@@ -98,11 +114,17 @@ pub fn run_and_print(args: &Args) -> Result<()> {
     if json { print_json(&summary) } else { print(&summary.to_string()) }
 }
 
-fn train(objective: Objective, args: &TrainArgs) -> Result<Trained> {
-    let options = with_config_file(args.config.as_deref(), &args.options)?;
-    let plan = Plan::new(objective, &options, args)?;
-    args.compute.apply()?;
-    let outcome = with_threads(args.common.threads, || trainer::train(objective, &options, &plan))?;
+fn train(objective: Objective, args: &TrainArgs, world: &World) -> Result<Trained> {
+    let settings = || {
+        let options = with_config_file(args.config.as_deref(), &args.options)?;
+        let mut plan = Plan::new(objective, &options, args)?;
+        plan.quiet |= !world.is_first();
+        args.compute.apply()?;
+        Ok((options, plan))
+    };
+    let (options, plan) = world.agree(settings())?;
+    let threads = world.default_threads()?;
+    let outcome = with_threads(args.common.threads.or(threads), || trainer::train(objective, &options, &plan, world))?;
     Trained::new(plan.output, &outcome)
 }
 

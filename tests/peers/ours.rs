@@ -150,6 +150,7 @@ fn disco_row(arch: Arch, args: &Args) -> Result<Row> {
         sample_ids: (0..u64::from(args.batch)).collect(),
         views: [query_view, key_view],
         teacher: Some([teacher(SEED + 1)?, teacher(SEED + 2)?]),
+        shuffled_keys: None,
     };
     let step = move || {
         let shuffle = batch_shuffle(batch_size, SEED, batch.step);

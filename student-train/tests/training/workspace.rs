@@ -18,18 +18,23 @@ const SIZE: usize = 16;
 
 /// A shard set of noise: two shards, `views` views each.
 pub(crate) fn write_shards(directory: &Path, samples: usize, views: usize, seed: u64) -> Result<()> {
+    write_shards_of(directory, samples, views, seed, SIZE)
+}
+
+/// The same with images of another size, in pixels.
+pub(crate) fn write_shards_of(directory: &Path, samples: usize, views: usize, seed: u64, size: usize) -> Result<()> {
     fs::create_dir_all(directory).map_err(shared::Error::io("create", directory))?;
     let mut files = Vec::new();
     for (index, ids) in split(samples).into_iter().enumerate() {
-        let mut writer = ShardWriter::create(directory.join(shard_file_name(index)), ids.len(), views, SIZE, SIZE)?;
+        let mut writer = ShardWriter::create(directory.join(shard_file_name(index)), ids.len(), views, size, size)?;
         for id in ids {
             let mut rng = KeyedRng::new("test pixels", seed, &[id]);
-            let pixels: Vec<u8> = (0..views * SIZE * SIZE * 3).map(|_| rng.below(256) as u8).collect();
+            let pixels: Vec<u8> = (0..views * size * size * 3).map(|_| rng.below(256) as u8).collect();
             writer.push(id, -1, &pixels, &vec![0.0; views * VIEW_PARAMETERS.len()])?;
         }
         files.push(writer.finish()?);
     }
-    let details = ShardSetDetails { views, height: SIZE, width: SIZE, ..ShardSetDetails::default() };
+    let details = ShardSetDetails { views, height: size, width: size, ..ShardSetDetails::default() };
     let identity = Identity::new(Stage::DataPrep, &serde_json::json!({}), seed, Vec::new())?;
     let counts = BTreeMap::from([("samples".to_string(), samples as u64)]);
     Manifest::new(identity, counts, serde_json::json!(details), files).write(directory)

@@ -58,7 +58,7 @@ fn batch(config: &Config, step: u64) -> Result<Batch> {
         Objective::Pretrain => None,
     };
     let sample_ids = (0..size as u64).collect();
-    Ok(Batch { step, sample_ids, views: [view("q")?, view("k")?], teacher })
+    Ok(Batch { step, sample_ids, views: [view("q")?, view("k")?], teacher, shuffled_keys: None })
 }
 
 /// The script's shifts of batch norm, far from the kink of `ReLU`.
