@@ -70,7 +70,7 @@ pub fn record_file_name(step: u64) -> String {
 }
 
 /// The checkpoints of one training, in a directory that the caller has locked.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Checkpoints {
     directory: PathBuf,
     fingerprint: String,

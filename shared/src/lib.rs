@@ -17,6 +17,7 @@ pub mod embedding;
 pub mod transforms;
 pub mod data_loader;
 pub mod progress;
+pub mod signals;
 pub mod typeface;
 pub mod ops;
 pub mod cli;

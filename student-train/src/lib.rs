@@ -18,7 +18,9 @@ pub mod init;
 pub mod method;
 pub mod part;
 pub mod ranks;
+pub mod saver;
 pub mod step;
+pub mod stopping;
 pub mod train_log;
 pub mod trainable;
 pub mod trainer;
@@ -31,12 +33,14 @@ use shared::cli::{print, print_json, with_config_file, with_threads};
 use shared::distributed::World;
 use shared::manifest::Manifest;
 use shared::run::{Losses, Objective, RunDetails, STUDENT_FILE};
+use shared::signals;
 use shared::{Error, Result};
 
 pub use args::{Args, Command, ExportArgs, ImportArgs, Options, TrainArgs};
 pub use config::{Config, Plan};
 pub use export::Exported;
 pub use import::Imported;
+pub use stopping::StopReason;
 pub use trainer::Outcome;
 
 /// What a command did.
@@ -63,6 +67,11 @@ pub struct Trained {
     pub already_finished: bool,
     /// Steps done, over all calls.
     pub steps: u64,
+    /// Steps of the whole run.
+    pub of_steps: u64,
+    /// Why it is not finished: the name of a signal, `time-limit`, or `stop-after-steps`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stopped_by: Option<StopReason>,
     /// Fingerprint of a finished run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fingerprint: Option<String>,
@@ -100,8 +109,11 @@ pub fn run_in(args: &Args, world: &World) -> Result<Summary> {
 /// Runs a command and, on the first rank, prints its summary on standard output.
 ///
 /// # Errors
-/// As [`run_in`].
+/// As [`run_in`], and [`signals::watch`].
 pub fn run_and_print(args: &Args, world: &World) -> Result<()> {
+    if matches!(args.command, Command::Distill(_) | Command::Pretrain(_)) {
+        signals::watch()?;
+    }
     let summary = run_in(args, world)?;
     if !world.is_first() {
         return Ok(());
@@ -139,6 +151,8 @@ impl Trained {
                 finished: true,
                 already_finished,
                 steps: manifest.count("steps"),
+                of_steps: manifest.count("steps"),
+                stopped_by: None,
                 fingerprint: Some(manifest.fingerprint.clone()),
                 final_losses: Some(details.final_losses),
             })
@@ -146,11 +160,13 @@ impl Trained {
         match outcome {
             Outcome::Trained(manifest) => finished(output, manifest, false),
             Outcome::AlreadyFinished(manifest) => finished(output, manifest, true),
-            &Outcome::Stopped(steps) => Ok(Self {
+            &Outcome::Stopped { steps, of_steps, reason } => Ok(Self {
                 output,
                 finished: false,
                 already_finished: false,
                 steps,
+                of_steps,
+                stopped_by: Some(reason),
                 fingerprint: None,
                 student_file: None,
                 final_losses: None,
@@ -169,7 +185,13 @@ impl std::fmt::Display for Summary {
             Self::Trained(trained) => {
                 let run = trained.output.display();
                 match (&trained.final_losses, trained.already_finished) {
-                    (None, _) => write!(f, "stopped `{run}` after step {}", trained.steps),
+                    (None, _) => {
+                        write!(f, "stopped `{run}` after step {} of {}", trained.steps, trained.of_steps)?;
+                        if let Some(reason) = trained.stopped_by {
+                            write!(f, " {}", reason.phrase())?;
+                        }
+                        f.write_str(": the same command goes on from its last checkpoint")
+                    }
                     (Some(_), true) => write!(f, "`{run}` is finished already: nothing to do"),
                     (Some(losses), false) => write!(
                         f,

@@ -8,6 +8,7 @@ use shared::output::{Begun, OutputDir};
 use shared::{Error, Result};
 
 use crate::config::{Config, Plan};
+use crate::stopping::StopReason;
 
 /// Checks that a batch and its batch-norm groups can be shared out.
 ///
@@ -63,6 +64,14 @@ pub fn begin(plan: &Plan, identity: &Identity, world: &World) -> Result<Result<O
     };
     let finished = world.broadcast(world.is_first().then_some(finished))?;
     Ok(finished.map_or(Ok(output), Err))
+}
+
+/// Why all ranks stop, if one has a reason to.
+///
+/// # Errors
+/// As [`World::any`].
+pub fn reason_to_stop(mine: Option<StopReason>, world: &World) -> Result<Option<StopReason>> {
+    Ok(if world.any(mine.is_some())? { Some(mine.unwrap_or(StopReason::OtherRank)) } else { None })
 }
 
 #[cfg(test)]

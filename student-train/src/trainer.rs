@@ -7,8 +7,8 @@
 //!    weights to start from;
 //! 4. `metrics.jsonl`, cut back to that checkpoint;
 //! 5. the batches from its step on, made ahead;
-//! 6. steps; after each epoch, and every `--checkpoint-steps`, a checkpoint;
-//! 7. `student.safetensors`, and `manifest.json` last.
+//! 6. steps; a checkpoint when one is due, and when the training is asked to stop;
+//! 7. the last checkpoint, `student.safetensors`, and `manifest.json` last.
 //!
 //! Orders, views and shuffles are functions of the seed and the step, so nothing else needs to be saved.
 //!
@@ -17,7 +17,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use shared::checkpoint::{CHECKPOINT_DIRECTORY, Checkpoint, Checkpoints};
@@ -43,7 +43,9 @@ use crate::export::write_student;
 use crate::init::Init;
 use crate::method::Counters;
 use crate::ranks;
+use crate::saver::Saver;
 use crate::step::{Batch, TrainingState, batch_shuffle};
+use crate::stopping::{StopReason, StopWatch};
 use crate::train_log::{Display, EpochSums, TrainLog};
 
 /// The role under which a run records its embedding set.
@@ -73,8 +75,15 @@ pub enum Outcome {
     Trained(Manifest),
     /// It had been finished before.
     AlreadyFinished(Manifest),
-    /// It was stopped by `--stop-after-steps`; steps done over all calls.
-    Stopped(u64),
+    /// It was stopped before its end.
+    Stopped {
+        /// Steps done, over all calls.
+        steps: u64,
+        /// Steps of the whole run.
+        of_steps: u64,
+        /// Why.
+        reason: StopReason,
+    },
 }
 
 /// Trains, or goes on training, until the run is finished.
@@ -83,13 +92,14 @@ pub enum Outcome {
 /// [`Error::Usage`] for settings that make no sense for these inputs; [`Error::Chain`] when inputs, run and settings do not belong
 /// together; [`Error::Invalid`] when the loss stops being finite; what reading and writing files can give.
 pub fn train(objective: Objective, options: &Options, plan: &Plan, world: &World) -> Result<Outcome> {
+    let watch = StopWatch::start(plan.time_limit);
     let Inputs { config, init, batches, identity } = world.agree(Inputs::find(objective, options, plan, world))?;
     ranks::check_equal(&identity, world)?;
     let output = match ranks::begin(plan, &identity, world)? {
         Ok(output) => output,
         Err(manifest) => return Ok(Outcome::AlreadyFinished(manifest)),
     };
-    Trainer::start(&config, plan, &identity, init.as_ref(), output.as_ref(), batches, world)?.run(output)
+    Trainer::start(&config, plan, &identity, init.as_ref(), output.as_ref(), batches, world)?.run(output, watch)
 }
 
 /// What a run is made from.
@@ -134,7 +144,7 @@ struct Trainer<'a> {
 
 /// What writes the run.
 struct Writer {
-    checkpoints: Checkpoints,
+    saver: Saver,
     log: TrainLog,
     config_file: FileEntry,
 }
@@ -210,39 +220,61 @@ impl<'a> Trainer<'a> {
         let writer = output
             .map(|_| {
                 let config_file = write_atomic(run.join(CONFIG_FILE), config.to_toml(init.is_some())?.as_bytes())?;
-                Ok::<_, Error>(Writer { log: TrainLog::open(run, position, step, display)?, checkpoints, config_file })
+                let log = TrainLog::open(run, position, step, display)?;
+                let saver = Saver::new(checkpoints, plan.checkpoints, resumed.as_ref().map(|(step, _)| *step));
+                Ok::<_, Error>(Writer { saver, log, config_file })
             })
             .transpose()?;
         let last_epoch = resumed.and_then(|(_, progressed)| progressed.last_epoch);
         Ok(Self { config, plan, world, batches, state, writer, step, last_epoch })
     }
 
-    fn run(mut self, output: Option<OutputDir>) -> Result<Outcome> {
+    fn run(mut self, output: Option<OutputDir>, watch: StopWatch) -> Result<Outcome> {
         let total = self.config.epochs * self.batches.steps_per_epoch();
         let stop = self.plan.stop_after_steps.map_or(total, |steps| total.min(self.step.saturating_add(steps)));
         let mut batches = self.batches.prefetch(self.step..stop)?;
         while self.step < stop {
+            let began = Instant::now();
             let (metrics, waited) = self.one_step(&mut batches)?;
-            let Some(Writer { log, .. }) = &mut self.writer else { continue };
-            log.step(&metrics, waited)?;
-            let epoch_ends = self.step.is_multiple_of(self.batches.steps_per_epoch());
-            if epoch_ends {
-                self.last_epoch = Some(log.epoch(&metrics)?);
-            }
-            let due = self.plan.checkpoint_steps.is_some_and(|steps| self.step.is_multiple_of(steps));
-            if epoch_ends || due {
-                self.save()?;
+            let reason = ranks::reason_to_stop(watch.reason(began.elapsed()), self.world)?;
+            let reason = reason.filter(|_| self.step < total);
+            self.write(&metrics, waited, reason.is_some() || self.step == total)?;
+            if let Some(reason) = reason {
+                return Ok(Outcome::Stopped { steps: self.step, of_steps: total, reason });
             }
         }
+        drop(batches);
         if self.step < total {
-            return Ok(Outcome::Stopped(self.step));
+            self.wait()?;
+            return Ok(Outcome::Stopped { steps: self.step, of_steps: total, reason: StopReason::Steps });
         }
         let world = self.world;
         let manifest = self.finish(output)?;
         Ok(Outcome::Trained(world.broadcast(manifest)?))
     }
 
-    fn one_step(&mut self, batches: &mut Prefetcher<Batch>) -> Result<(StepMetrics, std::time::Duration)> {
+    /// Reports a step, and saves when it is the last one of this call or a checkpoint is due.
+    fn write(&mut self, metrics: &StepMetrics, waited: Duration, last: bool) -> Result<()> {
+        let Some(Writer { saver, log, .. }) = &mut self.writer else { return Ok(()) };
+        log.step(metrics, waited)?;
+        let steps_per_epoch = self.batches.steps_per_epoch();
+        let epoch_end = self.step.is_multiple_of(steps_per_epoch).then_some(self.step / steps_per_epoch);
+        if epoch_end.is_some() {
+            self.last_epoch = Some(log.epoch(metrics)?);
+        }
+        saver.check()?;
+        if last || saver.due(self.step, epoch_end) {
+            self.save()?;
+        }
+        if last { self.wait() } else { Ok(()) }
+    }
+
+    /// Waits until all checkpoints are written.
+    fn wait(&mut self) -> Result<()> {
+        self.writer.as_mut().map_or(Ok(()), |writer| writer.saver.wait())
+    }
+
+    fn one_step(&mut self, batches: &mut Prefetcher<Batch>) -> Result<(StepMetrics, Duration)> {
         let asked = Instant::now();
         let Some(batch) = batches.next() else {
             return Err(Error::invalid("the batches ended before the run", "please report this"));
@@ -265,8 +297,8 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    fn save(&self) -> Result<()> {
-        let Some(Writer { checkpoints, log, .. }) = &self.writer else { return Ok(()) };
+    fn save(&mut self) -> Result<()> {
+        let Some(Writer { saver, log, .. }) = &mut self.writer else { return Ok(()) };
         let (metrics, epoch_sums) = log.position()?;
         let steps_per_epoch = self.batches.steps_per_epoch();
         let progressed = Progressed {
@@ -278,17 +310,17 @@ impl<'a> Trainer<'a> {
             epoch_sums,
             isa: Some(isa()),
         };
-        checkpoints.save(self.step, progressed, &self.state.to_tensors()?).map(drop)
+        saver.save(self.step, progressed, self.state.to_tensors()?)
     }
 
     /// The manifest of the finished run; none but on the first rank.
     fn finish(self, output: Option<OutputDir>) -> Result<Option<Manifest>> {
-        let (Some(Writer { checkpoints, log, config_file }), Some(output)) = (self.writer, output) else {
+        let (Some(Writer { saver, log, config_file }), Some(output)) = (self.writer, output) else {
             return Ok(None);
         };
         let image_size = [self.batches.shards().height(), self.batches.shards().width()];
         let student = write_student(output.path(), self.state.query(), image_size)?;
-        let directory = checkpoints.directory();
+        let directory = saver.checkpoints().directory();
         let mut files = vec![config_file, student];
         for name in [shared::checkpoint::tensors_file_name(self.step), shared::checkpoint::record_file_name(self.step)]
         {

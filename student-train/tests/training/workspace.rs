@@ -101,8 +101,10 @@ impl Workspace {
         // `--flag=value` of a test replaces what stands above.
         for pair in more {
             let flag = pair.split('=').next().unwrap_or_default();
-            if let Some(at) = arguments.iter().position(|known| known == flag) {
-                arguments.drain(at..at + 2);
+            let same = |known: &String| known == flag || known.split_once('=').is_some_and(|(known, _)| known == flag);
+            if let Some(at) = arguments.iter().position(same) {
+                let joined = arguments[at].contains('=');
+                arguments.drain(at..at + if joined { 1 } else { 2 });
             }
             arguments.push((*pair).to_string());
         }
