@@ -4,12 +4,16 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use candle_core::Tensor;
 use rayon::ThreadPool;
 use shared::Result;
-use shared::data_loader::{EpochSampler, Order, Prefetcher, ViewSchedule, embedding_batch, normalized_batch};
+use shared::data_loader::{
+    EpochSampler, LocalSchedule, Order, Prefetcher, ViewSchedule, embedding_batch, normalized_batch, normalized_views,
+};
 use shared::distributed::World;
 use shared::embedding::EmbeddingSet;
 use shared::shard::ShardSet;
+use shared::transforms::View;
 use shared::transforms::normalize::Normalization;
 
 use crate::step::{Batch, batch_shuffle};
@@ -26,6 +30,8 @@ pub struct Batches {
     embeddings: Option<EmbeddingSet>,
     sampler: EpochSampler,
     views: ViewSchedule,
+    /// None unless the method sees local views.
+    locals: Option<LocalSchedule>,
     /// Threads that decode or redraw the views of a batch, besides those that train: the system shares the cores between them, so
     /// that no step waits behind an image. None for plain views.
     makers: Option<ThreadPool>,
@@ -84,6 +90,7 @@ impl Batches {
             seed,
             world: World::alone(),
             shuffle_keys: false,
+            locals: None,
         })
     }
 
@@ -92,6 +99,15 @@ impl Batches {
     #[must_use]
     pub fn shared_out(self, world: &World, shuffle_keys: bool) -> Self {
         Self { world: world.clone(), shuffle_keys, ..self }
+    }
+
+    /// The same batches with the local views of the set, if it has any: for methods that see them.
+    ///
+    /// # Errors
+    /// As [`LocalSchedule::new`].
+    pub fn with_local_views(self) -> Result<Self> {
+        let schedule = LocalSchedule::new(self.shards.views(), self.shards.local_views(), self.seed)?;
+        Ok(Self { locals: (schedule.hand_size() > 0).then_some(schedule), ..self })
     }
 
     /// Whole batches in an epoch.
@@ -119,10 +135,31 @@ impl Batches {
         let views = |rows: &[(usize, usize)]| normalized_batch(&self.shards, rows, Normalization::Imagenet);
         let all = || {
             let shuffled_keys = shuffled_keys.as_deref().map(views).transpose()?;
-            Ok::<_, shared::Error>(([views(&query_rows)?, views(&key_rows)?], shuffled_keys))
+            Ok::<_, shared::Error>(([views(&query_rows)?, views(&key_rows)?], shuffled_keys, self.local_views(step)?))
         };
-        let (views, shuffled_keys) = self.makers.as_ref().map_or_else(all, |makers| makers.install(all))?;
-        Ok(Batch { step, sample_ids, views, teacher, shuffled_keys })
+        let (views, shuffled_keys, locals) = self.makers.as_ref().map_or_else(all, |makers| makers.install(all))?;
+        let epoch = step / self.steps_per_epoch();
+        Ok(Batch { step, epoch, sample_ids, views, locals, teacher, shuffled_keys })
+    }
+
+    /// `(B, L, h, w, 3)`: the local views of a step.
+    fn local_views(&self, step: u64) -> Result<Option<Tensor>> {
+        let Some(schedule) = &self.locals else { return Ok(None) };
+        let flat = normalized_views(&self.shards, &self.local_rows(step), Normalization::Imagenet)?;
+        let (rows, height, width, channels) = flat.dims4()?;
+        let count = schedule.hand_size();
+        Ok(Some(flat.reshape((rows / count, count, height, width, channels))?))
+    }
+
+    /// The local views of this rank's share of a step, those of one sample together.
+    fn local_rows(&self, step: u64) -> Vec<(usize, View)> {
+        let Some(schedule) = &self.locals else { return Vec::new() };
+        let (epoch, position) = (step / self.steps_per_epoch(), step % self.steps_per_epoch());
+        let order = self.order(epoch);
+        let samples = self.sampler.batch(&order, position);
+        let hand = |index: usize| schedule.hand(self.shards.sample_id(index), epoch);
+        let views = |&index: &usize| hand(index).into_iter().map(move |view| (index, View::Local(view)));
+        samples[self.world.share(samples.len())].iter().flat_map(views).collect()
     }
 
     /// The samples of a step, and the view of each that is the query and the one that is the key.
@@ -145,7 +182,8 @@ impl Batches {
 
     /// Asks the disk for what a step is going to read.
     fn will_need(&self, step: u64) -> Result<()> {
-        self.rows(step).all().try_for_each(|rows| self.shards.will_need(rows))
+        self.rows(step).all().try_for_each(|rows| self.shards.will_need(rows))?;
+        self.shards.will_need_views(&self.local_rows(step))
     }
 
     /// Makes the batches of a range of steps on threads of their own.

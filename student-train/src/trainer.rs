@@ -123,7 +123,11 @@ impl Inputs {
         let init = Init::find(plan, &config)?;
         inputs.extend(init.as_ref().map(|init| init.input().clone()));
         let batches = Batches::new(shards, embeddings, config.batch_size, config.seed, config.order)?;
-        let batches = Arc::new(batches.shared_out(world, config.method.shuffles_keys()));
+        let mut batches = batches.shared_out(world, config.method.shuffles_keys());
+        if config.method.sees_local_views() {
+            batches = batches.with_local_views()?;
+        }
+        let batches = Arc::new(batches);
         let identity = Identity::new(Stage::StudentTrain, &config, config.seed, inputs)?;
         Ok(Self { config, init, batches, identity })
     }
@@ -331,6 +335,7 @@ impl<'a> Trainer<'a> {
             objective: self.config.objective,
             arch: self.config.student,
             feature_width: self.config.student.feature_width(),
+            head: self.config.head().kind,
             head_hidden: self.config.head_hidden,
             embedding_dim: self.config.embedding_dim,
             image_size,

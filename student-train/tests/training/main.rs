@@ -2,6 +2,7 @@
 
 mod export;
 mod init;
+mod methods;
 mod refusals;
 mod resume;
 mod workspace;
