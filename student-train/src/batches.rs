@@ -6,12 +6,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::ThreadPool;
 use shared::Result;
-use shared::data_loader::{EpochSampler, Order, Prefetcher, ViewSchedule, embedding_batch, normalized_batch};
-use shared::embedding::EmbeddingSet;
+use shared::data_loader::{EpochSampler, Order, Prefetcher, ViewSchedule, normalized_batch};
 use shared::shard::ShardSet;
 use shared::transforms::normalize::Normalization;
 
 use crate::step::Batch;
+use crate::teachers::Teachers;
 
 /// Threads that make batches; one normalises several thousand plain views of 224 x 224 a second.
 const WORKERS: usize = 2;
@@ -22,7 +22,8 @@ const BATCHES_AHEAD: usize = 2;
 #[derive(Debug)]
 pub struct Batches {
     shards: ShardSet,
-    embeddings: Option<EmbeddingSet>,
+    teachers: Option<Teachers>,
+    seed: u64,
     sampler: EpochSampler,
     views: ViewSchedule,
     /// Threads that decode or redraw the views of a batch, besides those that train: the system shares the cores between them, so
@@ -40,7 +41,7 @@ impl Batches {
     /// or the system refuses the threads that make views.
     pub fn new(
         shards: ShardSet,
-        embeddings: Option<EmbeddingSet>,
+        teachers: Option<Teachers>,
         batch_size: usize,
         seed: u64,
         order: Order,
@@ -54,7 +55,7 @@ impl Batches {
                 .build()
                 .map_err(|e| shared::Error::invalid(format!("cannot start threads that make views: {e}"), ""))
         });
-        Ok(Self { shards, embeddings, sampler, views, makers: makers.transpose()?, orders: Mutex::default() })
+        Ok(Self { shards, teachers, seed, sampler, views, makers: makers.transpose()?, orders: Mutex::default() })
     }
 
     /// Whole batches in an epoch.
@@ -73,9 +74,10 @@ impl Batches {
     /// [`shared::Error::Tensor`] when memory cannot become a tensor.
     pub fn batch(&self, step: u64) -> Result<Batch> {
         let (sample_ids, [query_rows, key_rows]) = self.rows(step);
-        let teacher = match &self.embeddings {
-            Some(embeddings) => {
-                Some([embedding_batch(embeddings, &query_rows)?, embedding_batch(embeddings, &key_rows)?])
+        let teacher = match &self.teachers {
+            Some(teachers) => {
+                let targets = |rows: &[(usize, usize)]| teachers.batch(rows, self.seed, step);
+                Some([targets(&query_rows)?, targets(&key_rows)?])
             }
             None => None,
         };

@@ -17,6 +17,7 @@ pub mod init;
 pub mod method;
 pub mod part;
 pub mod step;
+pub mod teachers;
 pub mod train_log;
 pub mod trainable;
 pub mod trainer;

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use shared::checkpoint::{CHECKPOINT_DIRECTORY, Checkpoint, Checkpoints};
 use shared::cli::note_cpu;
 use shared::data_loader::Prefetcher;
-use shared::embedding::{EmbeddingSet, SHARDS_ROLE};
+use shared::embedding::SHARDS_ROLE;
 use shared::io::{FileEntry, hash_file, write_atomic};
 use shared::logging::{JsonLines, LogPosition};
 use shared::manifest::{Identity, Manifest, Stage};
@@ -40,10 +40,8 @@ use crate::export::write_student;
 use crate::init::Init;
 use crate::method::Counters;
 use crate::step::{Batch, TrainingState, batch_shuffle};
+use crate::teachers::Teachers;
 use crate::train_log::{Display, EpochSums, TrainLog};
-
-/// The role under which a run records its embedding set.
-pub const EMBEDDINGS_ROLE: &str = "embeddings";
 
 /// What a checkpoint holds besides tensors.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -80,15 +78,13 @@ pub enum Outcome {
 /// together; [`Error::Invalid`] when the loss stops being finite; what reading and writing files can give.
 pub fn train(objective: Objective, options: &Options, plan: &Plan) -> Result<Outcome> {
     let shards = ShardSet::open(&plan.shards)?;
-    let embeddings = plan.embeddings.as_ref().map(|path| EmbeddingSet::open(path, &shards)).transpose()?;
-    let config = Config::new(objective, options, embeddings.as_ref().map(EmbeddingSet::embedding_dim))?;
+    let teachers = Teachers::open(&plan.embeddings, &shards, options.ensemble)?;
+    let config = Config::new(objective, options, teachers.as_ref().map(Teachers::embedding_dim))?;
     let mut inputs = vec![shards.manifest().as_input(SHARDS_ROLE, &plan.shards)];
-    if let (Some(embeddings), Some(path)) = (&embeddings, &plan.embeddings) {
-        inputs.push(embeddings.manifest().as_input(EMBEDDINGS_ROLE, path));
-    }
+    inputs.extend(teachers.iter().flat_map(Teachers::as_inputs));
     let init = Init::find(plan, &config)?;
     inputs.extend(init.as_ref().map(|init| init.input().clone()));
-    let batches = Arc::new(Batches::new(shards, embeddings, config.batch_size, config.seed, config.order)?);
+    let batches = Arc::new(Batches::new(shards, teachers, config.batch_size, config.seed, config.order)?);
     let identity = Identity::new(Stage::StudentTrain, &config, config.seed, inputs)?;
     let output = match OutputDir::begin(&plan.output, &identity, plan.overwrite)? {
         Begun::Finished(manifest) => return Ok(Outcome::AlreadyFinished(manifest)),

@@ -1,4 +1,4 @@
-//! The two terms of the objective: contrast against a queue, and agreement with the teacher.
+//! The terms of objectives: contrast against a queue, and agreement with the teacher, of several kinds.
 //!
 //! The total of DisCo, as this project computes it, is
 //! `info_nce(q, k, queue) + distill_weight * (distillation(s_q, t_q) + distillation(s_k, t_k))` with `distill_weight` 32 by
@@ -8,6 +8,10 @@
 
 mod distillation;
 mod info_nce;
+mod relational;
+mod seed;
 
 pub use distillation::distillation;
 pub use info_nce::{InfoNce, info_nce};
+pub use relational::{rkd_angle, rkd_distance};
+pub use seed::seed;

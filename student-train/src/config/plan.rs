@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use shared::run::Objective;
 use shared::{Error, Result};
 
+use super::DistillationConfig;
 use crate::args::{Options, TrainArgs};
 
 /// What a run is made from and how it is carried out; no byte of the result depends on the latter.
@@ -12,8 +13,8 @@ use crate::args::{Options, TrainArgs};
 pub struct Plan {
     /// The pixels.
     pub shards: PathBuf,
-    /// The teacher's embeddings; none for `pretrain`.
-    pub embeddings: Option<PathBuf>,
+    /// The embeddings of every teacher; none for `pretrain`.
+    pub embeddings: Vec<PathBuf>,
     /// What to start from; drawn weights if none.
     pub init: Option<PathBuf>,
     /// The run.
@@ -40,18 +41,17 @@ impl Plan {
             path.clone().ok_or_else(|| Error::usage(format!("`{}` needs `--{flag}`", objective.name())))
         };
         let embeddings = match objective {
-            Objective::Distill => Some(required(&options.embeddings, "embeddings")?),
-            Objective::Pretrain => {
-                for (given, flag) in
-                    [(options.embeddings.is_some(), "embeddings"), (options.distill_weight.is_some(), "distill-weight")]
-                {
-                    if given {
-                        let message = format!("`pretrain` has no teacher and takes no `--{flag}`: use `distill`");
-                        return Err(Error::usage(message));
-                    }
-                }
-                None
+            Objective::Distill => {
+                let given = options.embeddings.clone().filter(|sets| !sets.is_empty());
+                given.ok_or_else(|| Error::usage("`distill` needs `--embeddings`"))?
             }
+            Objective::Pretrain => match DistillationConfig::given(options) {
+                Some(flag) => {
+                    let message = format!("`pretrain` has no teacher and takes no `--{flag}`: use `distill`");
+                    return Err(Error::usage(message));
+                }
+                None => Vec::new(),
+            },
         };
         if options.checkpoint_steps == Some(0) || options.keep == Some(0) {
             return Err(Error::usage("`--checkpoint-steps` and `--keep` must be at least 1"));

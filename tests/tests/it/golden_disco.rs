@@ -62,14 +62,14 @@ fn batch(config: &Config, step: u64) -> Result<Batch> {
 }
 
 /// The script's shifts of batch norm, far from the kink of `ReLU`.
-fn shift(name: &str, count: usize) -> Result<Tensor> {
+pub(crate) fn shift(name: &str, count: usize) -> Result<Tensor> {
     let negative = |u: f64| u < 0.25 && name.ends_with("bn1.bias");
     let shifts: Vec<f32> =
         unit(name, count).map(|u| if negative(u) { -3.0 - 4.0 * u } else { 3.0 + u } as f32).collect();
     Ok(Tensor::from_vec(shifts, count, &Device::Cpu)?)
 }
 
-fn relative(found: f32, golden: f32) -> f64 {
+pub(crate) fn relative(found: f32, golden: f32) -> f64 {
     (f64::from(found) - f64::from(golden)).abs() / f64::from(golden).abs().max(1e-30)
 }
 
@@ -86,7 +86,7 @@ fn check(objective: Objective, golden: &Trace, shuffles: &[Vec<u32>]) -> Result<
     let MethodConfig::MocoV2(moco) = &config.method else { anyhow::bail!("another method") };
     let queue = Queue::from_keys(unit_rows("queue", QUEUE, config.embedding_dim)?, 0)?;
     let moco = Moco::from_parts(moco, &query, queue)?;
-    let mut state = TrainingState::from_parts(query, Method::Moco(Box::new(moco)), &config);
+    let mut state = TrainingState::from_parts(query, Method::Moco(Box::new(moco)), &config)?;
     for (step, (golden, shuffle)) in golden.losses.iter().zip(shuffles).enumerate() {
         let found = state.step(&batch(&config, step as u64)?, shuffle, config.optimisation.lr)?;
         assert_eq!(found.terms.keys().collect::<Vec<_>>(), golden.terms.keys().collect::<Vec<_>>(), "step {step}");
