@@ -28,7 +28,7 @@ pub enum Command {
         --output runs/disco\n\nEvery option may also stand in a TOML file given by `--config`, under the flag's name."
     )]
     Distill(TrainArgs),
-    /// Train an encoder without a teacher (MoCo v2): a baseline, or a teacher for others
+    /// Train an encoder without a teacher (MoCo v2, MoCo v1, SwAV): a baseline, or a teacher for others
     #[command(
         mut_arg("embeddings", |arg| arg.hide(true)),
         mut_arg("ensemble", |arg| arg.hide(true)),
@@ -142,7 +142,7 @@ pub struct Options {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accumulate: Option<usize>,
 
-    /// Groups of a batch that have batch-norm statistics of their own [default: one for every 32 samples]
+    /// Groups of a batch that have batch-norm statistics of their own [default: one for every 32 samples; swav: 1]
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bn_groups: Option<usize>,
@@ -185,7 +185,7 @@ pub struct Options {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub method: Option<MethodName>,
 
-    /// Hidden width of the projection head [default: 2048]
+    /// Hidden width of the projection head [default: 2048; moco-v1 has none]
     ///
     /// The narrow heads of the paper's distilling bottleneck, to compare with: 512 for MobileNetV3, 1280 for other students.
     #[arg(long, value_name = "N", help_heading = "Objective")]
@@ -202,7 +202,7 @@ pub struct Options {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub queue_size: Option<usize>,
 
-    /// Temperature of the contrastive loss [default: 0.2]
+    /// Temperature of the method's loss [default: 0.2; moco-v1: 0.07; swav: 0.1]
     #[arg(long, value_name = "X", help_heading = "Objective")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub temperature: Option<f64>,
@@ -211,6 +211,36 @@ pub struct Options {
     #[arg(long, value_name = "X", help_heading = "Objective")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key_momentum: Option<f64>,
+
+    /// Prototypes that swav assigns embeddings to [default: 3000]
+    #[arg(long, value_name = "N", help_heading = "Objective")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prototypes: Option<usize>,
+
+    /// What swav divides scores by before the Sinkhorn-Knopp algorithm assigns them: the smaller, the sharper [default: 0.05]
+    #[arg(long, value_name = "X", help_heading = "Objective")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epsilon: Option<f64>,
+
+    /// Turns of the Sinkhorn-Knopp algorithm [default: 3]
+    #[arg(long, value_name = "N", help_heading = "Objective")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sinkhorn_iterations: Option<usize>,
+
+    /// Earlier embeddings that swav assigns along with a batch; 0 for none, rounded down to whole batches [default: 3840]
+    #[arg(long, value_name = "N", help_heading = "Objective")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub swav_queue_size: Option<usize>,
+
+    /// Epoch, counted from 0, in which swav's queue begins to fill; it is used once it is full [default: 15]
+    #[arg(long, value_name = "N", help_heading = "Objective")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queue_from_epoch: Option<u64>,
+
+    /// Steps in which swav's prototypes stay as they were drawn [default: 313]
+    #[arg(long, value_name = "N", help_heading = "Objective")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub freeze_prototypes_steps: Option<u64>,
 
     /// Terms of the teacher and their weights, as `mse=32,rkd=1@query` [default: mse=32]
     ///

@@ -4,10 +4,14 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use candle_core::Tensor;
 use rayon::ThreadPool;
 use shared::Result;
-use shared::data_loader::{EpochSampler, Order, Prefetcher, ViewSchedule, normalized_batch};
+use shared::data_loader::{
+    EpochSampler, LocalSchedule, Order, Prefetcher, ViewSchedule, normalized_batch, normalized_views,
+};
 use shared::shard::ShardSet;
+use shared::transforms::View;
 use shared::transforms::normalize::Normalization;
 
 use crate::step::Batch;
@@ -26,6 +30,8 @@ pub struct Batches {
     seed: u64,
     sampler: EpochSampler,
     views: ViewSchedule,
+    /// None unless the method sees local views.
+    locals: Option<LocalSchedule>,
     /// Threads that decode or redraw the views of a batch, besides those that train: the system shares the cores between them, so
     /// that no step waits behind an image. None for plain views.
     makers: Option<ThreadPool>,
@@ -55,7 +61,25 @@ impl Batches {
                 .build()
                 .map_err(|e| shared::Error::invalid(format!("cannot start threads that make views: {e}"), ""))
         });
-        Ok(Self { shards, teachers, seed, sampler, views, makers: makers.transpose()?, orders: Mutex::default() })
+        Ok(Self {
+            shards,
+            teachers,
+            seed,
+            sampler,
+            views,
+            makers: makers.transpose()?,
+            orders: Mutex::default(),
+            locals: None,
+        })
+    }
+
+    /// The same batches with the local views of the set, if it has any: for methods that see them.
+    ///
+    /// # Errors
+    /// As [`LocalSchedule::new`].
+    pub fn with_local_views(self, seed: u64) -> Result<Self> {
+        let schedule = LocalSchedule::new(self.shards.views(), self.shards.local_views(), seed)?;
+        Ok(Self { locals: (schedule.hand_size() > 0).then_some(schedule), ..self })
     }
 
     /// Whole batches in an epoch.
@@ -82,9 +106,29 @@ impl Batches {
             None => None,
         };
         let views = |rows: &[(usize, usize)]| normalized_batch(&self.shards, rows, Normalization::Imagenet);
-        let both = || Ok::<_, shared::Error>([views(&query_rows)?, views(&key_rows)?]);
-        let views = self.makers.as_ref().map_or_else(both, |makers| makers.install(both))?;
-        Ok(Batch { step, sample_ids, views, teacher })
+        let all = || Ok::<_, shared::Error>(([views(&query_rows)?, views(&key_rows)?], self.local_views(step)?));
+        let (views, locals) = self.makers.as_ref().map_or_else(all, |makers| makers.install(all))?;
+        let epoch = step / self.steps_per_epoch();
+        Ok(Batch { step, epoch, sample_ids, views, locals, teacher })
+    }
+
+    /// `(B, L, h, w, 3)`: the local views of a step.
+    fn local_views(&self, step: u64) -> Result<Option<Tensor>> {
+        let Some(schedule) = &self.locals else { return Ok(None) };
+        let flat = normalized_views(&self.shards, &self.local_rows(step), Normalization::Imagenet)?;
+        let (rows, height, width, channels) = flat.dims4()?;
+        let count = schedule.hand_size();
+        Ok(Some(flat.reshape((rows / count, count, height, width, channels))?))
+    }
+
+    /// The local views of a step, those of one sample together.
+    fn local_rows(&self, step: u64) -> Vec<(usize, View)> {
+        let Some(schedule) = &self.locals else { return Vec::new() };
+        let (epoch, position) = (step / self.steps_per_epoch(), step % self.steps_per_epoch());
+        let order = self.order(epoch);
+        let samples = self.sampler.batch(&order, position).iter();
+        let hand = |index: usize| schedule.hand(self.shards.sample_id(index), epoch);
+        samples.flat_map(|&index| hand(index).into_iter().map(move |view| (index, View::Local(view)))).collect()
     }
 
     /// The samples of a step, and the view of each that is the query and the one that is the key.
@@ -100,7 +144,8 @@ impl Batches {
 
     /// Asks the disk for what a step is going to read.
     fn will_need(&self, step: u64) -> Result<()> {
-        self.rows(step).1.iter().try_for_each(|rows| self.shards.will_need(rows))
+        self.rows(step).1.iter().try_for_each(|rows| self.shards.will_need(rows))?;
+        self.shards.will_need_views(&self.local_rows(step))
     }
 
     /// Makes the batches of a range of steps on threads of their own.

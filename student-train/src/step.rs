@@ -25,10 +25,14 @@ pub const QUERY_NAME: &str = "query";
 pub struct Batch {
     /// The step, counted from 0 over the whole run.
     pub step: u64,
+    /// Its epoch, counted from 0.
+    pub epoch: u64,
     /// Who the samples are, for messages.
     pub sample_ids: Vec<u64>,
     /// Two global views, `(B, H, W, 3)` f32, normalised: the query's and the key's.
     pub views: [Tensor; 2],
+    /// Small views, `(B, L, h, w, 3)` f32, normalised: for methods of many crops, from sets that have them.
+    pub locals: Option<Tensor>,
     /// The teacher's embeddings of the two views, `(B, D)` f32 each.
     pub teacher: Option<[Tensor; 2]>,
 }

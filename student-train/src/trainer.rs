@@ -84,7 +84,11 @@ pub fn train(objective: Objective, options: &Options, plan: &Plan) -> Result<Out
     inputs.extend(teachers.iter().flat_map(Teachers::as_inputs));
     let init = Init::find(plan, &config)?;
     inputs.extend(init.as_ref().map(|init| init.input().clone()));
-    let batches = Arc::new(Batches::new(shards, teachers, config.batch_size, config.seed, config.order)?);
+    let mut batches = Batches::new(shards, teachers, config.batch_size, config.seed, config.order)?;
+    if config.method.sees_local_views() {
+        batches = batches.with_local_views(config.seed)?;
+    }
+    let batches = Arc::new(batches);
     let identity = Identity::new(Stage::StudentTrain, &config, config.seed, inputs)?;
     let output = match OutputDir::begin(&plan.output, &identity, plan.overwrite)? {
         Begun::Finished(manifest) => return Ok(Outcome::AlreadyFinished(manifest)),
@@ -237,6 +241,7 @@ impl<'a> Trainer<'a> {
             objective: self.config.objective,
             arch: self.config.student,
             feature_width: self.config.student.feature_width(),
+            head: self.config.head().kind,
             head_hidden: self.config.head_hidden,
             embedding_dim: self.config.embedding_dim,
             image_size,

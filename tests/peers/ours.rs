@@ -147,8 +147,10 @@ fn disco_row(arch: Arch, args: &Args) -> Result<Row> {
     let key_view = images(args, query_view.elem_count())?;
     let mut batch = Batch {
         step: 0,
+        epoch: 0,
         sample_ids: (0..u64::from(args.batch)).collect(),
         views: [query_view, key_view],
+        locals: None,
         teacher: Some([teacher(SEED + 1)?, teacher(SEED + 2)?]),
     };
     let step = move || {

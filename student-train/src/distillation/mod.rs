@@ -195,7 +195,7 @@ mod tests {
         let options = Options {
             student: Some(Arch::VitTinyPatch16),
             batch_size: Some(8),
-            bn_groups: Some(4),
+            bn_groups: Some(2),
             distill: Some("mse=32,rkd=1,seed=1,simreg=1@query".parse().unwrap()),
             seed_queue_size: Some(16),
             ..Options::default()
@@ -205,7 +205,7 @@ mod tests {
         let pixels = Tensor::zeros((8, 1, 1, 3), candle_core::DType::F32, &Device::Cpu).unwrap();
         let teacher = [rows(8, 6, 0.1), rows(8, 6, 0.7)];
         let (views, teacher) = ([pixels.clone(), pixels], Some(teacher));
-        let batch = Batch { step: 0, sample_ids: (0..8).collect(), views, teacher };
+        let batch = Batch { step: 0, epoch: 0, sample_ids: (0..8).collect(), views, locals: None, teacher };
         let (features, embeddings) = (rows(8, 192, 0.3), rows(8, 6, 0.4));
         for (view, count) in [(0, 5), (1, 4)] {
             let part = |range: Range<usize>| {

@@ -2,6 +2,7 @@
 
 mod moco;
 mod queue;
+mod swav;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -15,6 +16,7 @@ use shared::tensor_file::TensorFile;
 
 pub use self::moco::{KEY_PREFIX, Moco, QUEUE_NAME};
 pub use self::queue::Queue;
+pub use self::swav::{PROTOTYPES_NAME, QUEUE_NAMES, Swav};
 use crate::config::{Config, MethodConfig};
 use crate::distillation::Distillation;
 use crate::part::LossSum;
@@ -29,6 +31,8 @@ pub type Counters = BTreeMap<String, u64>;
 pub enum Method {
     /// Contrast against a queue of keys.
     Moco(Box<Moco>),
+    /// Cluster assignments predicted between crops.
+    Swav(Box<Swav>),
     /// None: the teacher alone.
     Alone,
 }
@@ -71,14 +75,20 @@ impl Method {
     /// Only if a tensor operation fails.
     pub fn new(config: &Config, query: &Encoder) -> Result<Self> {
         Ok(match &config.method {
-            MethodConfig::MocoV2(moco) => Self::Moco(Box::new(Moco::new(moco, query, config.seed)?)),
+            MethodConfig::MocoV2(moco) | MethodConfig::MocoV1(moco) => {
+                Self::Moco(Box::new(Moco::new(moco, query, config.seed)?))
+            }
+            MethodConfig::Swav(swav) => Self::Swav(Box::new(Swav::new(swav, query, config.seed)?)),
             MethodConfig::Alone => Self::Alone,
         })
     }
 
     /// Networks of its own that learn.
     pub fn trainables(&self) -> Vec<Trainable> {
-        Vec::new()
+        match self {
+            Self::Swav(swav) => vec![swav.trainable()],
+            Self::Moco(_) | Self::Alone => Vec::new(),
+        }
     }
 
     /// Makes what follows the query encoder its copy again.
@@ -88,7 +98,7 @@ impl Method {
     pub fn restart(&self, query: &Encoder) -> Result<()> {
         match self {
             Self::Moco(moco) => moco.restart(query),
-            Self::Alone => Ok(()),
+            Self::Swav(_) | Self::Alone => Ok(()),
         }
     }
 
@@ -99,17 +109,19 @@ impl Method {
     pub fn gradients(&mut self, input: &StepInput<'_>, gradients: &mut GradientSum) -> Result<Losses> {
         match self {
             Self::Moco(moco) => moco.gradients(input, gradients),
+            Self::Swav(swav) => swav.gradients(input, gradients),
             Self::Alone => two_views(input, None, gradients),
         }
     }
 
-    /// What is left to do once the parameters have moved: the keys of the step enter the queue.
+    /// What is left to do once the parameters have moved: what the step embedded enters the queue.
     ///
     /// # Errors
     /// Only if a tensor operation fails.
     pub fn after_step(&mut self) -> Result<()> {
         match self {
             Self::Moco(moco) => moco.after_step(),
+            Self::Swav(swav) => swav.after_step(),
             Self::Alone => Ok(()),
         }
     }
@@ -121,6 +133,7 @@ impl Method {
     pub fn to_tensors(&self) -> Result<BTreeMap<String, Tensor>> {
         match self {
             Self::Moco(moco) => moco.to_tensors(),
+            Self::Swav(swav) => swav.to_tensors(),
             Self::Alone => Ok(BTreeMap::new()),
         }
     }
@@ -129,6 +142,7 @@ impl Method {
     pub fn counters(&self) -> Counters {
         match self {
             Self::Moco(moco) => moco.counters(),
+            Self::Swav(swav) => swav.counters(),
             Self::Alone => Counters::new(),
         }
     }
@@ -140,6 +154,7 @@ impl Method {
     pub fn load(&mut self, file: &TensorFile, counters: &Counters) -> Result<()> {
         match self {
             Self::Moco(moco) => moco.load(file, counters),
+            Self::Swav(swav) => swav.load(file, counters),
             Self::Alone => Ok(()),
         }
     }

@@ -2,6 +2,7 @@
 
 mod export;
 mod init;
+mod methods;
 mod objectives;
 mod refusals;
 mod resume;

@@ -8,6 +8,7 @@ mod golden_distillation;
 mod golden_losses;
 mod golden_models;
 mod golden_pca;
+mod golden_swav;
 mod golden_teachers;
 mod golden_transformers;
 mod pipeline;
