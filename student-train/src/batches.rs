@@ -8,15 +8,15 @@ use candle_core::Tensor;
 use rayon::ThreadPool;
 use shared::Result;
 use shared::data_loader::{
-    EpochSampler, LocalSchedule, Order, Prefetcher, ViewSchedule, embedding_batch, normalized_batch, normalized_views,
+    EpochSampler, LocalSchedule, Order, Prefetcher, ViewSchedule, normalized_batch, normalized_views,
 };
 use shared::distributed::World;
-use shared::embedding::EmbeddingSet;
 use shared::shard::ShardSet;
 use shared::transforms::View;
 use shared::transforms::normalize::Normalization;
 
 use crate::step::{Batch, batch_shuffle};
+use crate::teachers::Teachers;
 
 /// Threads that make batches; one normalises several thousand plain views of 224 x 224 a second.
 const WORKERS: usize = 2;
@@ -27,7 +27,8 @@ const BATCHES_AHEAD: usize = 2;
 #[derive(Debug)]
 pub struct Batches {
     shards: ShardSet,
-    embeddings: Option<EmbeddingSet>,
+    teachers: Option<Teachers>,
+    seed: u64,
     sampler: EpochSampler,
     views: ViewSchedule,
     /// None unless the method sees local views.
@@ -37,7 +38,6 @@ pub struct Batches {
     makers: Option<ThreadPool>,
     /// The orders of the epochs that the workers are in.
     orders: Mutex<BTreeMap<u64, Arc<Vec<usize>>>>,
-    seed: u64,
     /// Whose share is made.
     world: World,
     /// Whether the shares of several ranks have the key's views of the shuffled batch as well.
@@ -66,7 +66,7 @@ impl Batches {
     /// or the system refuses the threads that make views.
     pub fn new(
         shards: ShardSet,
-        embeddings: Option<EmbeddingSet>,
+        teachers: Option<Teachers>,
         batch_size: usize,
         seed: u64,
         order: Order,
@@ -82,12 +82,12 @@ impl Batches {
         });
         Ok(Self {
             shards,
-            embeddings,
+            teachers,
+            seed,
             sampler,
             views,
             makers: makers.transpose()?,
             orders: Mutex::default(),
-            seed,
             world: World::alone(),
             shuffle_keys: false,
             locals: None,
@@ -126,9 +126,10 @@ impl Batches {
     /// [`shared::Error::Tensor`] when memory cannot become a tensor.
     pub fn batch(&self, step: u64) -> Result<Batch> {
         let Rows { sample_ids, views: [query_rows, key_rows], shuffled_keys } = self.rows(step);
-        let teacher = match &self.embeddings {
-            Some(embeddings) => {
-                Some([embedding_batch(embeddings, &query_rows)?, embedding_batch(embeddings, &key_rows)?])
+        let teacher = match &self.teachers {
+            Some(teachers) => {
+                let targets = |rows: &[(usize, usize)]| teachers.batch(rows, self.seed, step);
+                Some([targets(&query_rows)?, targets(&key_rows)?])
             }
             None => None,
         };

@@ -21,6 +21,7 @@ pub mod ranks;
 pub mod saver;
 pub mod step;
 pub mod stopping;
+pub mod teachers;
 pub mod train_log;
 pub mod trainable;
 pub mod trainer;

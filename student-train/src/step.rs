@@ -62,12 +62,15 @@ impl TrainingState {
     pub fn new(config: &Config) -> Result<Self> {
         let query = Encoder::new(config.student, Some(config.head()), config.seed)?;
         let method = Method::new(config, &query)?;
-        Ok(Self::from_parts(query, method, config))
+        Self::from_parts(query, method, config)
     }
 
     /// A state made of a given student and method.
-    pub fn from_parts(query: Encoder, method: Method, config: &Config) -> Self {
-        let distillation = config.distillation.as_ref().map(Distillation::new);
+    ///
+    /// # Errors
+    /// Only if a tensor operation fails.
+    pub fn from_parts(query: Encoder, method: Method, config: &Config) -> Result<Self> {
+        let distillation = Distillation::new(config)?;
         let mut state = Self {
             query,
             method,
@@ -80,7 +83,7 @@ impl TrainingState {
         let OptimisationConfig { momentum, weight_decay, .. } = config.optimisation;
         let sgd = || Sgd::new(SgdConfig { momentum, weight_decay });
         state.optimizers = state.trainables().into_iter().map(|trainable| (trainable.name, sgd())).collect();
-        state
+        Ok(state)
     }
 
     /// The same state, one of the equal states of ranks that train together: each step takes a share of a batch.
@@ -92,6 +95,11 @@ impl TrainingState {
     /// The encoder that learns.
     pub fn query(&self) -> &Encoder {
         &self.query
+    }
+
+    /// What the teacher adds to the loss, if there is one.
+    pub fn distillation(&self) -> Option<&Distillation> {
+        self.distillation.as_ref()
     }
 
     /// The self-supervised method.
@@ -156,6 +164,9 @@ impl TrainingState {
             }
         }
         self.method.after_step()?;
+        if let Some(distillation) = &mut self.distillation {
+            distillation.after_step(batch)?;
+        }
         Ok(losses)
     }
 
@@ -168,6 +179,9 @@ impl TrainingState {
         let mut tensors: BTreeMap<String, Tensor> =
             query.into_iter().map(|(name, tensor)| (format!("{QUERY_PREFIX}{name}"), tensor)).collect();
         tensors.extend(self.method.to_tensors()?);
+        if let Some(distillation) = &self.distillation {
+            tensors.extend(distillation.to_tensors()?);
+        }
         for Trainable { name: network, store } in self.trainables() {
             let Some(optimizer) = self.optimizers.get(network) else { continue };
             let momenta = optimizer.to_tensors(&store)?;
@@ -178,7 +192,9 @@ impl TrainingState {
 
     /// All numbers of a checkpoint.
     pub fn counters(&self) -> Counters {
-        self.method.counters()
+        let mut counters = self.method.counters();
+        counters.extend(self.distillation.iter().flat_map(Distillation::counters));
+        counters
     }
 
     /// Takes everything from a checkpoint.
@@ -189,6 +205,9 @@ impl TrainingState {
         let file = &checkpoint.tensors;
         self.query.store().load(&prefixed(file, QUERY_PREFIX)?)?;
         self.method.load(file, counters)?;
+        if let Some(distillation) = &mut self.distillation {
+            distillation.load(file, counters)?;
+        }
         for Trainable { name: network, store } in self.trainables() {
             if let Some(optimizer) = self.optimizers.get_mut(network) {
                 optimizer.load(&store, &prefixed(file, &format!("{SGD_PREFIX}{network}."))?)?;

@@ -24,7 +24,7 @@ use shared::checkpoint::{CHECKPOINT_DIRECTORY, Checkpoint, Checkpoints};
 use shared::cli::note_cpu;
 use shared::data_loader::Prefetcher;
 use shared::distributed::World;
-use shared::embedding::{EmbeddingSet, SHARDS_ROLE};
+use shared::embedding::SHARDS_ROLE;
 use shared::io::{FileEntry, hash_file, write_atomic};
 use shared::logging::{JsonLines, LogPosition};
 use shared::manifest::{Identity, Manifest, Stage};
@@ -46,10 +46,8 @@ use crate::ranks;
 use crate::saver::Saver;
 use crate::step::{Batch, TrainingState, batch_shuffle};
 use crate::stopping::{StopReason, StopWatch};
+use crate::teachers::Teachers;
 use crate::train_log::{Display, EpochSums, TrainLog};
-
-/// The role under which a run records its embedding set.
-pub const EMBEDDINGS_ROLE: &str = "embeddings";
 
 /// What a checkpoint holds besides tensors.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -113,16 +111,14 @@ struct Inputs {
 impl Inputs {
     fn find(objective: Objective, options: &Options, plan: &Plan, world: &World) -> Result<Self> {
         let shards = ShardSet::open(&plan.shards)?;
-        let embeddings = plan.embeddings.as_ref().map(|path| EmbeddingSet::open(path, &shards)).transpose()?;
-        let config = Config::new(objective, options, embeddings.as_ref().map(EmbeddingSet::embedding_dim))?;
+        let teachers = Teachers::open(&plan.embeddings, &shards, options.ensemble)?;
+        let config = Config::new(objective, options, teachers.as_ref().map(Teachers::embedding_dim))?;
         ranks::check_shares(&config, world)?;
         let mut inputs = vec![shards.manifest().as_input(SHARDS_ROLE, &plan.shards)];
-        if let (Some(embeddings), Some(path)) = (&embeddings, &plan.embeddings) {
-            inputs.push(embeddings.manifest().as_input(EMBEDDINGS_ROLE, path));
-        }
+        inputs.extend(teachers.iter().flat_map(Teachers::as_inputs));
         let init = Init::find(plan, &config)?;
         inputs.extend(init.as_ref().map(|init| init.input().clone()));
-        let batches = Batches::new(shards, embeddings, config.batch_size, config.seed, config.order)?;
+        let batches = Batches::new(shards, teachers, config.batch_size, config.seed, config.order)?;
         let mut batches = batches.shared_out(world, config.method.shuffles_keys());
         if config.method.sees_local_views() {
             batches = batches.with_local_views()?;

@@ -18,7 +18,7 @@ fn multi_crop() -> Result<(Workspace, Vec<String>)> {
     let workspace = Workspace::new()?;
     let [shards, embeddings] = ["crops", "crop-embeddings"].map(|name| workspace.path(name));
     write_crops(&shards, 10, 2, Some(LocalDetails { views: 5, size: 8 }), 0)?;
-    write_embedding_set(&embeddings, &shards, 10, 2)?;
+    write_embedding_set(&embeddings, &shards, 10, 2, 0)?;
     let flags = vec![format!("--shards={}", shards.display()), format!("--embeddings={}", embeddings.display())];
     Ok((workspace, flags))
 }

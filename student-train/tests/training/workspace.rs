@@ -68,8 +68,14 @@ pub(crate) fn write_shards_of(
     Manifest::new(identity, counts, serde_json::json!(details), files).write(directory)
 }
 
-/// Embeddings of such a set: random unit rows.
-pub(crate) fn write_embedding_set(directory: &Path, shards: &Path, samples: usize, views: usize) -> Result<()> {
+/// Embeddings of such a set: random unit rows, other ones for every teacher.
+pub(crate) fn write_embedding_set(
+    directory: &Path,
+    shards: &Path,
+    samples: usize,
+    views: usize,
+    teacher: u64,
+) -> Result<()> {
     fs::create_dir_all(directory).map_err(shared::Error::io("create", directory))?;
     let details = EmbeddingSetDetails { views, embedding_dim: EMBEDDING_DIM, dtype: EmbeddingDtype::F16 };
     let mut files = Vec::new();
@@ -77,7 +83,7 @@ pub(crate) fn write_embedding_set(directory: &Path, shards: &Path, samples: usiz
         let mut rows = Vec::new();
         for &id in &ids {
             for view in 0..views as u64 {
-                let mut rng = KeyedRng::new("test embedding", 0, &[id, view]);
+                let mut rng = KeyedRng::new("test embedding", teacher, &[id, view]);
                 let row: Vec<f64> = (0..EMBEDDING_DIM).map(|_| rng.normal()).collect();
                 let norm = row.iter().map(|x| x * x).sum::<f64>().sqrt();
                 rows.extend(row.into_iter().map(|x| (x / norm) as f32));
@@ -107,7 +113,7 @@ impl Workspace {
         let root = tempfile::tempdir().map_err(shared::Error::io("create", "a temporary directory"))?;
         let workspace = Self { root };
         write_shards(&workspace.path("shards"), 10, 3, 0)?;
-        write_embedding_set(&workspace.path("embeddings"), &workspace.path("shards"), 10, 3)?;
+        write_embedding_set(&workspace.path("embeddings"), &workspace.path("shards"), 10, 3, 0)?;
         Ok(workspace)
     }
 

@@ -63,7 +63,7 @@ fn batch(config: &Config, step: u64) -> Result<Batch> {
 }
 
 /// The scripts' shifts of batch norm, far from the kink of `ReLU`.
-fn shift(name: &str, count: usize) -> Result<Tensor> {
+pub(crate) fn shift(name: &str, count: usize) -> Result<Tensor> {
     let inside = name.ends_with("bn1.bias") || name == "projection_head.1.bias";
     let negative = |u: f64| u < 0.25 && inside;
     let shifts: Vec<f32> =
@@ -98,7 +98,7 @@ pub(crate) fn check(config: &Config, golden: &Trace, shuffles: &[Vec<u32>]) -> R
     };
     let queue = Queue::from_keys(unit_rows("queue", QUEUE, config.embedding_dim)?, 0)?;
     let moco = Moco::from_parts(moco, &query, queue)?;
-    let mut state = TrainingState::from_parts(query, Method::Moco(Box::new(moco)), config);
+    let mut state = TrainingState::from_parts(query, Method::Moco(Box::new(moco)), config)?;
     for (step, (golden, shuffle)) in golden.losses.iter().zip(shuffles).enumerate() {
         let found = state.step(&batch(config, step as u64)?, shuffle, config.optimisation.lr)?;
         check_losses(step, &found, golden);
