@@ -21,6 +21,7 @@ pub mod signals;
 pub mod typeface;
 pub mod ops;
 pub mod cli;
+pub mod distributed;
 pub mod models;
 pub mod onnx;
 pub mod weights;

@@ -8,7 +8,8 @@
 //!                         process so far (Linux), `isa`, `threads`, and how far the embeddings spread: `embedding_spread`,
 //!                         `queue_similarity`; differs from run to run, so the manifest does not list it
 //! tensorboard/            the same numbers for `TensorBoard`, see [`crate::tensorboard`]; not listed for the same reason
-//! checkpoints/            see [`crate::checkpoint`]; tensors `query.*`, `key.*`, `sgd.*`, `queue`
+//! checkpoints/            see [`crate::checkpoint`]; tensors `query.*`, `key.*`, `sgd.*`, `queue`; of
+//!                         `SwAV` `prototypes.weight` and `swav_queue.*` in place of key encoder and queue
 //! student.safetensors     the backbone of the query encoder, names of torchvision and timm
 //! student-best.safetensors  the same when the probe was best: [`BestStudent`]
 //! ```
@@ -24,7 +25,7 @@ use crate::io::{FileEntry, hash_file};
 use crate::knn::KnnAccuracy;
 use crate::logging::read_json_lines;
 use crate::manifest::{MANIFEST_FILE, Manifest, Stage};
-use crate::models::{Arch, Encoder, HeadConfig};
+use crate::models::{Arch, Encoder, HeadConfig, HeadKind};
 use crate::tensor_file::TensorFile;
 
 /// File name of the exported backbone.
@@ -81,6 +82,9 @@ impl Losses {
     pub const DISTILL_Q: &'static str = "distill_q";
     /// As `distill_q`, on the key's view.
     pub const DISTILL_K: &'static str = "distill_k";
+
+    /// The cross entropy of predicted cluster assignments, mean over pairs of crops.
+    pub const SWAPPED_PREDICTION: &'static str = "swapped_prediction";
 
     /// A term by its name.
     pub fn term(&self, name: &str) -> Option<f32> {
@@ -209,7 +213,11 @@ pub struct RunDetails {
     pub arch: Arch,
     /// F: width of the pooled features.
     pub feature_width: usize,
-    /// Hidden width of the projection head.
+    /// The layers of the projection head; not named when it is `MoCo` v2's.
+    #[serde(default, skip_serializing_if = "HeadKind::is_default")]
+    pub head: HeadKind,
+    /// Hidden width of the projection head; 0 and not named when it has none.
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub head_hidden: usize,
     /// D: width of an embedding.
     pub embedding_dim: usize,
@@ -223,6 +231,18 @@ pub struct RunDetails {
     /// What the probe found best, if there was one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub best: Option<BestStudent>,
+}
+
+impl RunDetails {
+    /// The projection head.
+    pub fn head(&self) -> HeadConfig {
+        HeadConfig { kind: self.head, hidden: self.head_hidden, embedding_dim: self.embedding_dim }
+    }
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_zero(number: &usize) -> bool {
+    *number == 0
 }
 
 /// A finished run.
@@ -305,9 +325,8 @@ impl Run {
     /// # Errors
     /// As [`Run::student`].
     pub fn query_encoder(&self) -> Result<Encoder> {
-        let RunDetails { arch, head_hidden, embedding_dim, checkpoint, .. } = &self.details;
-        let head = HeadConfig { hidden: *head_hidden, embedding_dim: *embedding_dim };
-        let encoder = Encoder::new(*arch, Some(head), 0)?;
+        let RunDetails { arch, checkpoint, .. } = &self.details;
+        let encoder = Encoder::new(*arch, Some(self.details.head()), 0)?;
         encoder.store().load(&prefixed(&TensorFile::open(self.directory.join(checkpoint))?, QUERY_PREFIX)?)?;
         Ok(encoder)
     }

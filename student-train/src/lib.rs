@@ -8,6 +8,7 @@
 //! Weights of other programs come in by `import`, or directly as the start of a run; students leave by `export`.
 
 pub mod args;
+pub mod averaging;
 pub mod batches;
 pub mod config;
 pub mod distillation;
@@ -17,10 +18,12 @@ pub mod init;
 pub mod method;
 pub mod part;
 pub mod probe;
+pub mod ranks;
 pub mod saver;
 pub mod spread;
 pub mod step;
 pub mod stopping;
+pub mod teachers;
 pub mod timing;
 pub mod train_log;
 pub mod trainable;
@@ -31,6 +34,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 use shared::cli::{print, print_json, with_config_file, with_threads};
+use shared::distributed::World;
 use shared::manifest::Manifest;
 use shared::run::{BestStudent, Losses, Objective, RunDetails, STUDENT_FILE};
 use shared::signals;
@@ -95,23 +99,36 @@ pub struct Trained {
 /// # Errors
 /// As [`trainer::train`], [`export::export`] and [`import::import`].
 pub fn run(args: &Args) -> Result<Summary> {
+    run_in(args, &World::alone())
+}
+
+/// Runs a command on one of several ranks; all know the summary.
+///
+/// # Errors
+/// As [`run`]; [`Error::Usage`] for commands that are of no use to several ranks.
+pub fn run_in(args: &Args, world: &World) -> Result<Summary> {
     match &args.command {
-        Command::Distill(args) => train(Objective::Distill, args).map(Summary::Trained),
-        Command::Pretrain(args) => train(Objective::Pretrain, args).map(Summary::Trained),
+        Command::Distill(args) => train(Objective::Distill, args, world).map(Summary::Trained),
+        Command::Pretrain(args) => train(Objective::Pretrain, args, world).map(Summary::Trained),
+        Command::Export(_) | Command::Import(_) if !world.is_alone() => world
+            .agree(Err(Error::usage("`export` and `import` run in one process: start them without an MPI launcher"))),
         Command::Export(args) => export::export(args).map(Summary::Exported),
         Command::Import(args) => import::import(args).map(Summary::Imported),
     }
 }
 
-/// Runs a command and prints its summary on standard output.
+/// Runs a command and, on the first rank, prints its summary on standard output.
 ///
 /// # Errors
-/// As [`run`], and [`signals::watch`].
-pub fn run_and_print(args: &Args) -> Result<()> {
+/// As [`run_in`], and [`signals::watch`].
+pub fn run_and_print(args: &Args, world: &World) -> Result<()> {
     if matches!(args.command, Command::Distill(_) | Command::Pretrain(_)) {
         signals::watch()?;
     }
-    let summary = run(args)?;
+    let summary = run_in(args, world)?;
+    if !world.is_first() {
+        return Ok(());
+    }
     let json = match &args.command {
         Command::Distill(args) | Command::Pretrain(args) => args.common.json,
         Command::Export(args) => args.json,
@@ -120,24 +137,30 @@ pub fn run_and_print(args: &Args) -> Result<()> {
     if json { print_json(&summary) } else { print(&summary.to_string()) }
 }
 
-fn train(objective: Objective, args: &TrainArgs) -> Result<Trained> {
-    let options = with_config_file(args.config.as_deref(), &args.options)?;
-    let plan = Plan::new(objective, &options, args)?;
-    args.compute.apply()?;
-    let outcome = with_threads(args.common.threads, || trainer::train(objective, &options, &plan))?;
+fn train(objective: Objective, args: &TrainArgs, world: &World) -> Result<Trained> {
+    let settings = || {
+        let options = with_config_file(args.config.as_deref(), &args.options)?;
+        let mut plan = Plan::new(objective, &options, args)?;
+        plan.quiet |= !world.is_first();
+        args.compute.apply()?;
+        Ok((options, plan))
+    };
+    let (options, plan) = world.agree(settings())?;
+    let threads = world.default_threads()?;
+    let outcome = with_threads(args.common.threads.or(threads), || trainer::train(objective, &options, &plan, world))?;
     Trained::new(plan.output, &outcome)
 }
 
 impl Trained {
     fn new(output: PathBuf, outcome: &Outcome) -> Result<Self> {
-        let finished = |output: PathBuf, manifest: &Manifest, this_call: Option<Speed>| {
+        let finished = |output: PathBuf, manifest: &Manifest, already_finished, this_call: Option<Speed>| {
             let details: RunDetails = serde_json::from_value(manifest.details.clone())
                 .map_err(|e| Error::invalid(format!("`{}` does not describe a run: {e}", output.display()), ""))?;
             Ok(Self {
                 student_file: Some(output.join(STUDENT_FILE)),
                 output,
                 finished: true,
-                already_finished: this_call.is_none(),
+                already_finished,
                 steps: manifest.count("steps"),
                 of_steps: manifest.count("steps"),
                 stopped_by: None,
@@ -148,8 +171,8 @@ impl Trained {
             })
         };
         match outcome {
-            Outcome::Trained(manifest, speed) => finished(output, manifest, Some(*speed)),
-            Outcome::AlreadyFinished(manifest) => finished(output, manifest, None),
+            Outcome::Trained(manifest, speed) => finished(output, manifest, false, *speed),
+            Outcome::AlreadyFinished(manifest) => finished(output, manifest, true, None),
             &Outcome::Stopped { steps, of_steps, reason, speed } => Ok(Self {
                 output,
                 finished: false,
@@ -161,7 +184,7 @@ impl Trained {
                 student_file: None,
                 final_losses: None,
                 best: None,
-                this_call: Some(speed),
+                this_call: speed,
             }),
         }
     }

@@ -4,12 +4,14 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 use shared::checkpoint::Checkpoint;
+use shared::distributed::World;
 use shared::models::Encoder;
 use shared::optim::{Sgd, SgdConfig};
 use shared::rng::KeyedRng;
 use shared::run::{Losses, QUERY_PREFIX, prefixed};
 use shared::{Error, Fault, Result};
 
+use crate::averaging::average;
 use crate::config::{Config, OptimisationConfig};
 use crate::distillation::Distillation;
 use crate::method::{Counters, Method, StepInput};
@@ -21,17 +23,23 @@ pub const SGD_PREFIX: &str = "sgd.";
 /// The name of the student among what learns.
 pub const QUERY_NAME: &str = "query";
 
-/// What a step sees.
+/// What a step sees: the whole batch, or a rank's share of it.
 #[derive(Debug)]
 pub struct Batch {
     /// The step, counted from 0 over the whole run.
     pub step: u64,
+    /// Its epoch, counted from 0.
+    pub epoch: u64,
     /// Who the samples are, for messages.
     pub sample_ids: Vec<u64>,
     /// Two global views, `(B, H, W, 3)` f32, normalised: the query's and the key's.
     pub views: [Tensor; 2],
+    /// Small views, `(B, L, h, w, 3)` f32, normalised: for methods of many crops, from sets that have them.
+    pub locals: Option<Tensor>,
     /// The teacher's embeddings of the two views, `(B, D)` f32 each.
     pub teacher: Option<[Tensor; 2]>,
+    /// A rank's share of the key's views in the shuffled order of the whole batch; none for a single process, which has them all.
+    pub shuffled_keys: Option<Tensor>,
 }
 
 /// All that changes from step to step.
@@ -45,6 +53,7 @@ pub struct TrainingState {
     bn_groups: usize,
     accumulate: usize,
     observed: Observed,
+    world: World,
 }
 
 impl TrainingState {
@@ -55,12 +64,15 @@ impl TrainingState {
     pub fn new(config: &Config) -> Result<Self> {
         let query = Encoder::new(config.student, Some(config.head()), config.seed)?;
         let method = Method::new(config, &query)?;
-        Ok(Self::from_parts(query, method, config))
+        Self::from_parts(query, method, config)
     }
 
     /// A state made of a given student and method.
-    pub fn from_parts(query: Encoder, method: Method, config: &Config) -> Self {
-        let distillation = config.distillation.as_ref().map(Distillation::new);
+    ///
+    /// # Errors
+    /// Only if a tensor operation fails.
+    pub fn from_parts(query: Encoder, method: Method, config: &Config) -> Result<Self> {
+        let distillation = Distillation::new(config)?;
         let mut state = Self {
             query,
             method,
@@ -69,11 +81,18 @@ impl TrainingState {
             bn_groups: config.bn_groups,
             accumulate: config.accumulate,
             observed: Observed::default(),
+            world: World::alone(),
         };
         let OptimisationConfig { momentum, weight_decay, .. } = config.optimisation;
         let sgd = || Sgd::new(SgdConfig { momentum, weight_decay });
         state.optimizers = state.trainables().into_iter().map(|trainable| (trainable.name, sgd())).collect();
-        state
+        Ok(state)
+    }
+
+    /// The same state, one of the equal states of ranks that train together: each step takes a share of a batch.
+    #[must_use]
+    pub fn in_world(self, world: World) -> Self {
+        Self { world, ..self }
     }
 
     /// The encoder that learns.
@@ -84,6 +103,11 @@ impl TrainingState {
     /// What is seen of the embeddings of the next step, or was of the last.
     pub fn observed(&self) -> &Observed {
         &self.observed
+    }
+
+    /// What the teacher adds to the loss, if there is one.
+    pub fn distillation(&self) -> Option<&Distillation> {
+        self.distillation.as_ref()
     }
 
     /// The self-supervised method.
@@ -113,14 +137,15 @@ impl TrainingState {
 
     /// Makes one step and returns the losses that it minimised.
     ///
-    /// In this order: the method's forward and backward passes with the teacher's terms, descent, what the method does after a
-    /// step.
+    /// In this order: the method's forward and backward passes with the teacher's terms, means over the ranks, descent, what the
+    /// method does after a step.
     ///
     /// # Shapes
-    /// - `shuffle`: a permutation of `0..B`, see [`batch_shuffle`]
+    /// - `shuffle`: a permutation of `0..B`, all ranks' rows, see [`batch_shuffle`]
     ///
     /// # Errors
-    /// [`Error::Invalid`] when the loss is not finite, before the parameters move; [`Error::Shape`] when the batch does not fit.
+    /// [`Error::Invalid`] when the loss is not finite, before the parameters move, with the samples of the first rank where it
+    /// happened; [`Error::Shape`] when the batch does not fit.
     pub fn step(&mut self, batch: &Batch, shuffle: &[u32], lr: f64) -> Result<Losses> {
         let mut gradients = GradientSum::new(self.trainables());
         let input = StepInput {
@@ -128,12 +153,18 @@ impl TrainingState {
             distillation: self.distillation.as_ref(),
             batch,
             shuffle,
-            bn_groups: self.bn_groups,
+            bn_groups: self.bn_groups / self.world.size(),
             accumulate: self.accumulate,
             observed: &self.observed,
+            world: &self.world,
         };
-        let losses = self.method.gradients(&input, &mut gradients)?;
+        let own = self.method.gradients(&input, &mut gradients)?;
+        let mut losses = own.clone();
+        let mut networks: Vec<_> = self.trainables().into_iter().map(|trainable| trainable.store).collect();
+        networks.extend(self.method.followers());
+        average(&self.world, &mut losses, &mut gradients, &networks)?;
         if !losses.loss.is_finite() {
+            self.world.agree(if own.loss.is_finite() { Ok(()) } else { Err(not_finite(&own, batch)) })?;
             return Err(not_finite(&losses, batch));
         }
         for (trainable, gradients) in gradients.iter() {
@@ -142,6 +173,9 @@ impl TrainingState {
             }
         }
         self.method.after_step()?;
+        if let Some(distillation) = &mut self.distillation {
+            distillation.after_step(batch)?;
+        }
         Ok(losses)
     }
 
@@ -154,6 +188,9 @@ impl TrainingState {
         let mut tensors: BTreeMap<String, Tensor> =
             query.into_iter().map(|(name, tensor)| (format!("{QUERY_PREFIX}{name}"), tensor)).collect();
         tensors.extend(self.method.to_tensors()?);
+        if let Some(distillation) = &self.distillation {
+            tensors.extend(distillation.to_tensors()?);
+        }
         for Trainable { name: network, store } in self.trainables() {
             let Some(optimizer) = self.optimizers.get(network) else { continue };
             let momenta = optimizer.to_tensors(&store)?;
@@ -164,7 +201,9 @@ impl TrainingState {
 
     /// All numbers of a checkpoint.
     pub fn counters(&self) -> Counters {
-        self.method.counters()
+        let mut counters = self.method.counters();
+        counters.extend(self.distillation.iter().flat_map(Distillation::counters));
+        counters
     }
 
     /// Takes everything from a checkpoint.
@@ -175,6 +214,9 @@ impl TrainingState {
         let file = &checkpoint.tensors;
         self.query.store().load(&prefixed(file, QUERY_PREFIX)?)?;
         self.method.load(file, counters)?;
+        if let Some(distillation) = &mut self.distillation {
+            distillation.load(file, counters)?;
+        }
         for Trainable { name: network, store } in self.trainables() {
             if let Some(optimizer) = self.optimizers.get_mut(network) {
                 optimizer.load(&store, &prefixed(file, &format!("{SGD_PREFIX}{network}."))?)?;

@@ -12,6 +12,8 @@ pub enum StopReason {
     Signal(&'static str),
     /// The time of `--time-limit` is over.
     TimeLimit,
+    /// Another rank has a reason.
+    OtherRank,
     /// `--stop-after-steps`, which leaves the run as if it had been killed.
     Steps,
 }
@@ -22,6 +24,7 @@ impl StopReason {
         match self {
             Self::Signal(name) => name,
             Self::TimeLimit => "time-limit",
+            Self::OtherRank => "other-rank",
             Self::Steps => "stop-after-steps",
         }
     }
@@ -30,6 +33,7 @@ impl StopReason {
     pub fn phrase(self) -> String {
         match self {
             Self::Signal(name) => format!("because of {name}"),
+            Self::OtherRank => "because another rank was asked to".into(),
             Self::TimeLimit | Self::Steps => format!("because of `--{}`", self.name()),
         }
     }
@@ -72,7 +76,7 @@ mod tests {
     fn a_step_that_would_end_after_the_limit_is_not_begun() {
         let watch = StopWatch::start(Some(Duration::from_hours(1)));
         assert_eq!(watch.reason(Duration::from_secs(10)), None);
-        assert_eq!(watch.reason(Duration::from_secs(3600)), Some(StopReason::TimeLimit));
+        assert_eq!(watch.reason(Duration::from_hours(1)), Some(StopReason::TimeLimit));
         assert_eq!(StopWatch::start(None).reason(Duration::MAX / 2), None);
     }
 }

@@ -11,9 +11,11 @@
 //! 7. the last checkpoint, `student.safetensors`, and `manifest.json` last.
 //!
 //! Orders, views and shuffles are functions of the seed and the step, so nothing else needs to be saved.
+//!
+//! Several ranks go through this together. All read; only the first writes, and all start from the checkpoint that it chose.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,12 +23,13 @@ use serde::{Deserialize, Serialize};
 use shared::checkpoint::{CHECKPOINT_DIRECTORY, Checkpoint, Checkpoints};
 use shared::cli::note_cpu;
 use shared::data_loader::Prefetcher;
-use shared::embedding::{EmbeddingSet, SHARDS_ROLE};
+use shared::distributed::World;
+use shared::embedding::SHARDS_ROLE;
 use shared::io::{FileEntry, hash_file, write_atomic};
 use shared::logging::{JsonLines, LogPosition};
 use shared::manifest::{Identity, Manifest, Stage};
 use shared::ops::{Isa, isa};
-use shared::output::{Begun, OutputDir};
+use shared::output::OutputDir;
 use shared::progress::note;
 use shared::run::{
     BEST_STUDENT_FILE, BestStudent, CONFIG_FILE, Losses, METRICS_FILE, Objective, RunDetails, StepMetrics,
@@ -42,14 +45,13 @@ use crate::export::{write_best, write_student};
 use crate::init::Init;
 use crate::method::Counters;
 use crate::probe::Probe;
+use crate::ranks;
 use crate::saver::Saver;
 use crate::step::{Batch, TrainingState, batch_shuffle};
 use crate::stopping::{StopReason, StopWatch};
+use crate::teachers::Teachers;
 use crate::timing::Speed;
 use crate::train_log::{Display, EpochSums, TrainLog};
-
-/// The role under which a run records its embedding set.
-pub const EMBEDDINGS_ROLE: &str = "embeddings";
 
 /// What a checkpoint holds besides tensors.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -74,8 +76,8 @@ struct Progressed {
 /// How a call ended.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Outcome {
-    /// The run was finished by this call.
-    Trained(Manifest, Speed),
+    /// The run was finished by this call; how fast it was, the first rank knows.
+    Trained(Manifest, Option<Speed>),
     /// It had been finished before.
     AlreadyFinished(Manifest),
     /// It was stopped before its end.
@@ -86,8 +88,8 @@ pub enum Outcome {
         of_steps: u64,
         /// Why.
         reason: StopReason,
-        /// How fast this call was.
-        speed: Speed,
+        /// How fast this call was; the first rank knows.
+        speed: Option<Speed>,
     },
 }
 
@@ -96,77 +98,112 @@ pub enum Outcome {
 /// # Errors
 /// [`Error::Usage`] for settings that make no sense for these inputs; [`Error::Chain`] when inputs, run and settings do not belong
 /// together; [`Error::Invalid`] when the loss stops being finite; what reading and writing files can give.
-pub fn train(objective: Objective, options: &Options, plan: &Plan) -> Result<Outcome> {
+pub fn train(objective: Objective, options: &Options, plan: &Plan, world: &World) -> Result<Outcome> {
     let watch = StopWatch::start(plan.time_limit);
-    let shards = ShardSet::open(&plan.shards)?;
-    let embeddings = plan.embeddings.as_ref().map(|path| EmbeddingSet::open(path, &shards)).transpose()?;
-    let config = Config::new(objective, options, embeddings.as_ref().map(EmbeddingSet::embedding_dim))?;
-    let mut inputs = vec![shards.manifest().as_input(SHARDS_ROLE, &plan.shards)];
-    if let (Some(embeddings), Some(path)) = (&embeddings, &plan.embeddings) {
-        inputs.push(embeddings.manifest().as_input(EMBEDDINGS_ROLE, path));
+    let Inputs { config, init, batches, identity, probe } =
+        world.agree(Inputs::find(objective, options, plan, world))?;
+    ranks::check_equal(&inputs.identity, world)?;
+    let output = match ranks::begin(plan, &inputs.identity, world)? {
+        Ok(output) => output,
+        Err(manifest) => return Ok(Outcome::AlreadyFinished(manifest)),
+    };
+    Trainer::start(&inputs, plan, output.as_ref(), world)?.run(output, watch)
+}
+
+/// What a run is made from.
+struct Inputs {
+    config: Config,
+    init: Option<Init>,
+    batches: Arc<Batches>,
+    identity: Identity,
+    probe: Option<Probe>,
+}
+
+impl Inputs {
+    fn find(objective: Objective, options: &Options, plan: &Plan, world: &World) -> Result<Self> {
+        let shards = ShardSet::open(&plan.shards)?;
+        let teachers = Teachers::open(&plan.embeddings, &shards, options.ensemble)?;
+        let config = Config::new(objective, options, teachers.as_ref().map(Teachers::embedding_dim))?;
+        ranks::check_shares(&config, world)?;
+        let mut inputs = vec![shards.manifest().as_input(SHARDS_ROLE, &plan.shards)];
+        inputs.extend(teachers.iter().flat_map(Teachers::as_inputs));
+        let init = Init::find(plan, &config)?;
+        inputs.extend(init.as_ref().map(|init| init.input().clone()));
+        let probe = match (&plan.probe, config.probe) {
+            (Some(paths), Some(config)) => Some(Probe::open(paths, config, &shards)?),
+            _ => None,
+        };
+        inputs.extend(probe.iter().flat_map(Probe::inputs));
+        let batches = Batches::new(shards, teachers, config.batch_size, config.seed, config.order)?;
+        let mut batches = batches.shared_out(world, config.method.shuffles_keys());
+        if config.method.sees_local_views() {
+            batches = batches.with_local_views()?;
+        }
+        let batches = Arc::new(batches);
+        let identity = Identity::new(Stage::StudentTrain, &config, config.seed, inputs)?;
+        Ok(Self { config, init, batches, identity, probe })
     }
-    let init = Init::find(plan, &config)?;
-    inputs.extend(init.as_ref().map(|init| init.input().clone()));
-    let probe = match (&plan.probe, config.probe) {
-        (Some(paths), Some(config)) => Some(Probe::open(paths, config, &shards)?),
-        _ => None,
-    };
-    inputs.extend(probe.iter().flat_map(Probe::inputs));
-    let batches = Arc::new(Batches::new(shards, embeddings, config.batch_size, config.seed, config.order)?);
-    let identity = Identity::new(Stage::StudentTrain, &config, config.seed, inputs)?;
-    let output = match OutputDir::begin(&plan.output, &identity, plan.overwrite)? {
-        Begun::Finished(manifest) => return Ok(Outcome::AlreadyFinished(manifest)),
-        Begun::Writing(output) => output,
-    };
-    Trainer::start(&config, plan, &identity, init.as_ref(), &output, batches, probe)?.run(output, watch)
 }
 
 struct Trainer<'a> {
     config: &'a Config,
     plan: &'a Plan,
+    world: &'a World,
     batches: Arc<Batches>,
-    /// The directory.
-    run: PathBuf,
-    saver: Saver,
     state: TrainingState,
-    log: TrainLog,
-    probe: Option<Probe>,
-    best: Option<BestStudent>,
-    config_file: FileEntry,
+    /// Of the first rank only.
+    writer: Option<Writer<'a>>,
     /// Steps done.
     step: u64,
     last_epoch: Option<Losses>,
 }
 
+/// What writes the run.
+struct Writer<'a> {
+    saver: Saver,
+    log: TrainLog,
+    probe: Option<&'a Probe>,
+    /// What the probe found best so far.
+    best: Option<BestStudent>,
+    config_file: FileEntry,
+}
+
 impl<'a> Trainer<'a> {
-    fn start(
-        config: &'a Config,
-        plan: &'a Plan,
-        identity: &Identity,
-        init: Option<&Init>,
-        output: &OutputDir,
-        batches: Arc<Batches>,
-        probe: Option<Probe>,
-    ) -> Result<Self> {
-        let run = output.path();
-        let config_file = write_atomic(run.join(CONFIG_FILE), config.to_toml(init.is_some())?.as_bytes())?;
-        let checkpoints = Checkpoints::open(run.join(CHECKPOINT_DIRECTORY), identity, plan.keep)?;
-        let mut state = TrainingState::new(config)?;
+    fn start(inputs: &'a Inputs, plan: &'a Plan, output: Option<&OutputDir>, world: &'a World) -> Result<Self> {
+        let Inputs { config, init, batches, identity, probe } = inputs;
+        let (init, batches) = (init.as_ref(), Arc::clone(batches));
+        let run = plan.output.as_path();
+        let mut state = TrainingState::new(config)?.in_world(world.clone());
+        let directory = run.join(CHECKPOINT_DIRECTORY);
+        let checkpoints = match output {
+            Some(_) => Checkpoints::open(directory, identity, plan.keep)?,
+            None => Checkpoints::reading(directory, identity, plan.keep),
+        };
+        let mut resumed = None;
+        if output.is_some() {
+            resumed = checkpoints.resume(
+                |error| note(&format!("note: a checkpoint is passed over: {error}")),
+                |checkpoint| resume(&mut state, &checkpoint, run, &batches),
+            )?;
+        }
+        let step = world.broadcast(output.map(|_| resumed.as_ref().map(|(step, _)| *step)))?;
+        if let (Some(step), None) = (step, output) {
+            resumed = Some(resume(&mut state, &checkpoints.load(step)?, run, &batches)?);
+        }
+        let step = step.unwrap_or(0);
         let say = |text: &str| {
             if !plan.quiet {
                 note(text);
             }
         };
-        let resumed = checkpoints.resume(
-            |error| note(&format!("note: a checkpoint is passed over: {error}")),
-            |checkpoint| resume(&mut state, &checkpoint, run, &batches),
-        )?;
-        let step = resumed.as_ref().map_or(0, |(step, _)| *step);
         if let (None, Some(init)) = (&resumed, init) {
             say(&init.start(&state)?);
         }
         if !plan.quiet {
             note_cpu();
+        }
+        if !world.is_alone() {
+            say(&format!("{} ranks, {} samples of each batch on each", world.size(), config.batch_size / world.size()));
         }
         if step > 0 {
             say(&format!("resuming after step {step}"));
@@ -175,8 +212,10 @@ impl<'a> Trainer<'a> {
         {
             say(&advice);
         }
-        if let Some(before) =
-            resumed.as_ref().and_then(|(_, progressed)| progressed.isa).filter(|before| *before != isa())
+        if let Some(before) = resumed
+            .as_ref()
+            .and_then(|(_, progressed)| progressed.isa)
+            .filter(|before| *before != isa() && world.is_first())
         {
             note(&format!(
                 "note: the run was computed with {before} and goes on with {}, its bytes will be those of neither; \
@@ -193,99 +232,87 @@ impl<'a> Trainer<'a> {
             quiet: plan.quiet,
         };
         let position = resumed.as_ref().map(|(_, progressed)| (&progressed.metrics, progressed.epoch_sums.clone()));
-        let log = TrainLog::open(run, position, step, display)?;
-        let saver = Saver::new(checkpoints, plan.checkpoints, resumed.as_ref().map(|(step, _)| *step));
-        let (last_epoch, best) =
-            resumed.map(|(_, progressed)| (progressed.last_epoch, progressed.best)).unwrap_or_default();
-        Ok(Self {
-            config,
-            plan,
-            batches,
-            run: run.to_path_buf(),
-            saver,
-            state,
-            log,
-            probe,
-            best,
-            config_file,
-            step,
-            last_epoch,
-        })
+        let writer = output
+            .map(|_| {
+                let config_file = write_atomic(run.join(CONFIG_FILE), config.to_toml(init.is_some())?.as_bytes())?;
+                let log = TrainLog::open(run, position, step, display)?;
+                let saver = Saver::new(checkpoints, plan.checkpoints, resumed.as_ref().map(|(step, _)| *step));
+                let best = resumed.as_ref().and_then(|(_, progressed)| progressed.best.clone());
+                Ok::<_, Error>(Writer { saver, log, probe: probe.as_ref(), best, config_file })
+            })
+            .transpose()?;
+        let last_epoch = resumed.and_then(|(_, progressed)| progressed.last_epoch);
+        Ok(Self { config, plan, world, batches, state, writer, step, last_epoch })
     }
 
-    fn run(mut self, output: OutputDir, watch: StopWatch) -> Result<Outcome> {
-        let steps_per_epoch = self.batches.steps_per_epoch();
-        let total = self.config.epochs * steps_per_epoch;
+    fn run(mut self, output: Option<OutputDir>, watch: StopWatch) -> Result<Outcome> {
+        let total = self.config.epochs * self.batches.steps_per_epoch();
         let stop = self.plan.stop_after_steps.map_or(total, |steps| total.min(self.step.saturating_add(steps)));
         let mut batches = self.batches.prefetch(self.step..stop)?;
         while self.step < stop {
             let began = Instant::now();
-            self.state.observed().look(self.log.looks_at(self.step));
+            let looks = self.writer.as_ref().is_some_and(|writer| writer.log.looks_at(self.step));
+            self.state.observed().look(looks);
             let (metrics, waited) = self.one_step(&mut batches)?;
-            self.log.step(&metrics, waited, self.state.observed().spread()?)?;
-            let epoch_end = self.step.is_multiple_of(steps_per_epoch).then_some(self.step / steps_per_epoch);
-            let took = began.elapsed();
-            if let Some(epoch) = epoch_end {
-                self.last_epoch = Some(self.log.epoch(&metrics)?);
-                self.probe(epoch)?;
-            }
-            self.saver.check()?;
-            let reason = watch.reason(took).filter(|_| self.step < total);
-            if reason.is_some() || self.step == total || self.saver.due(self.step, epoch_end) {
-                self.save()?;
-            }
+            let reason = ranks::reason_to_stop(watch.reason(began.elapsed()), self.world)?;
+            let reason = reason.filter(|_| self.step < total);
+            self.write(&metrics, waited, reason.is_some() || self.step == total)?;
             if let Some(reason) = reason {
-                self.saver.wait()?;
                 return Ok(self.stopped(reason));
             }
         }
         drop(batches);
-        self.saver.wait()?;
         if self.step < total {
+            self.wait()?;
             return Ok(self.stopped(StopReason::Steps));
         }
-        self.finish(output)
+        let world = self.world;
+        let speed = self.speed();
+        let manifest = self.finish(output)?;
+        Ok(Outcome::Trained(world.broadcast(manifest)?, speed))
+    }
+
+    /// Reports a step, and saves when it is the last one of this call or a checkpoint is due.
+    fn write(&mut self, metrics: &StepMetrics, waited: Duration, last: bool) -> Result<()> {
+        let image_size = self.image_size();
+        let Some(Writer { saver, log, probe, best, .. }) = &mut self.writer else { return Ok(()) };
+        log.step(metrics, waited, self.state.observed().spread()?)?;
+        let steps_per_epoch = self.batches.steps_per_epoch();
+        let epoch_end = self.step.is_multiple_of(steps_per_epoch).then_some(self.step / steps_per_epoch);
+        if let Some(epoch) = epoch_end {
+            self.last_epoch = Some(log.epoch(metrics)?);
+            if let Some(probe) = probe.filter(|probe| probe.due(epoch, self.config.epochs)) {
+                let accuracy = probe.accuracy(self.state.query())?;
+                log.probe(metrics.epoch, self.step, accuracy)?;
+                if best.as_ref().is_none_or(|best| accuracy.top1 > best.accuracy.top1) {
+                    let file = write_best(&self.plan.output, self.state.query(), image_size)?;
+                    *best = Some(BestStudent { epoch: metrics.epoch, step: self.step, accuracy, file });
+                }
+            }
+        }
+        saver.check()?;
+        if last || saver.due(self.step, epoch_end) {
+            self.save()?;
+        }
+        if last { self.wait() } else { Ok(()) }
+    }
+
+    /// Waits until all checkpoints are written.
+    fn wait(&mut self) -> Result<()> {
+        self.writer.as_mut().map_or(Ok(()), |writer| writer.saver.wait())
     }
 
     fn stopped(&self, reason: StopReason) -> Outcome {
         let of_steps = self.config.epochs * self.batches.steps_per_epoch();
-        Outcome::Stopped { steps: self.step, of_steps, reason, speed: self.log.speed() }
+        Outcome::Stopped { steps: self.step, of_steps, reason, speed: self.speed() }
     }
 
-    /// Probes the student after an epoch, counted from 1, and keeps it when it is better than before.
-    fn probe(&mut self, epoch: u64) -> Result<()> {
-        let Some(probe) = self.probe.as_ref().filter(|probe| probe.due(epoch, self.config.epochs)) else {
-            return Ok(());
-        };
-        let accuracy = probe.accuracy(self.state.query())?;
-        let (epoch, step) = (epoch - 1, self.step);
-        self.log.probe(epoch, step, accuracy)?;
-        if self.best.as_ref().is_none_or(|best| accuracy.top1 > best.accuracy.top1) {
-            let file = write_best(&self.run, self.state.query(), self.image_size())?;
-            self.best = Some(BestStudent { epoch, step, accuracy, file });
-        }
-        Ok(())
+    fn speed(&self) -> Option<Speed> {
+        self.writer.as_ref().map(|writer| writer.log.speed())
     }
 
     fn image_size(&self) -> [usize; 2] {
         [self.batches.shards().height(), self.batches.shards().width()]
-    }
-
-    /// The best student, if its file is there; the last probe of a run that went on with other instructions may have replaced it.
-    fn best(&self) -> Result<Option<(BestStudent, FileEntry)>> {
-        let Some(best) = self.best.clone() else { return Ok(None) };
-        let path = self.run.join(BEST_STUDENT_FILE);
-        match path.exists().then(|| hash_file(&path)).transpose()? {
-            Some(file) if file == best.file => Ok(Some((best, file))),
-            _ => {
-                note(&format!(
-                    "warning: `{}` is not the student of step {} that was found best: the run does not list it",
-                    path.display(),
-                    best.step
-                ));
-                Ok(None)
-            }
-        }
     }
 
     fn one_step(&mut self, batches: &mut Prefetcher<Batch>) -> Result<(StepMetrics, Duration)> {
@@ -312,7 +339,8 @@ impl<'a> Trainer<'a> {
     }
 
     fn save(&mut self) -> Result<()> {
-        let (metrics, epoch_sums) = self.log.position()?;
+        let Some(Writer { saver, log, best, .. }) = &mut self.writer else { return Ok(()) };
+        let (metrics, epoch_sums) = log.position()?;
         let steps_per_epoch = self.batches.steps_per_epoch();
         let progressed = Progressed {
             epoch: self.step / steps_per_epoch,
@@ -321,30 +349,33 @@ impl<'a> Trainer<'a> {
             last_epoch: self.last_epoch.clone(),
             metrics,
             epoch_sums,
-            best: self.best.clone(),
+            best: best.clone(),
             isa: Some(isa()),
         };
-        self.saver.save(self.step, progressed, self.state.to_tensors()?)
+        saver.save(self.step, progressed, self.state.to_tensors()?)
     }
 
-    fn finish(self, output: OutputDir) -> Result<Outcome> {
+    /// The manifest of the finished run; none but on the first rank.
+    fn finish(self, output: Option<OutputDir>) -> Result<Option<Manifest>> {
         let image_size = self.image_size();
+        let (Some(Writer { saver, log, best, config_file, .. }), Some(output)) = (self.writer, output) else {
+            return Ok(None);
+        };
         let student = write_student(output.path(), self.state.query(), image_size)?;
-        let directory = self.saver.checkpoints().directory();
-        let mut files = vec![self.config_file.clone(), student];
+        let directory = saver.checkpoints().directory();
+        let mut files = vec![config_file, student];
         for name in [shared::checkpoint::tensors_file_name(self.step), shared::checkpoint::record_file_name(self.step)]
         {
             let entry = hash_file(directory.join(name))?;
             files.push(FileEntry { path: format!("{CHECKPOINT_DIRECTORY}/{}", entry.path), ..entry });
         }
-        let best = self.best()?.map(|(best, file)| {
-            files.push(file);
-            best
-        });
+        let best = best.map(|best| check_best(output.path(), best)).transpose()?.flatten();
+        files.extend(best.iter().map(|best| best.file.clone()));
         let details = RunDetails {
             objective: self.config.objective,
             arch: self.config.student,
             feature_width: self.config.student.feature_width(),
+            head: self.config.head().kind,
             head_hidden: self.config.head_hidden,
             embedding_dim: self.config.embedding_dim,
             image_size,
@@ -358,12 +389,27 @@ impl<'a> Trainer<'a> {
             ("steps".into(), self.step),
             ("images".into(), self.step * self.config.batch_size as u64),
         ]);
-        let speed = self.log.speed();
-        files.push(self.log.finish()?);
+        files.push(log.finish()?);
         let details = serde_json::to_value(details)
             .map_err(|e| Error::invalid(format!("the run's details have no JSON form: {e}"), ""))?;
-        Ok(Outcome::Trained(output.finish(counts, details, files)?, speed))
+        output.finish(counts, details, files).map(Some)
     }
+}
+
+/// The best student, if its file is there still: a later one replaces it, which a run that goes on with another instruction set
+/// may not find again.
+fn check_best(run: &Path, best: BestStudent) -> Result<Option<BestStudent>> {
+    let path = run.join(BEST_STUDENT_FILE);
+    let found = path.exists().then(|| hash_file(&path)).transpose()?;
+    if found.as_ref() == Some(&best.file) {
+        return Ok(Some(best));
+    }
+    let step = best.step;
+    note(&format!(
+        "warning: `{}` is not the student that was found best, in step {step}: it is left out",
+        path.display()
+    ));
+    Ok(None)
 }
 
 /// Takes a state from a checkpoint, after checking what it says about itself.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use shared::run::Objective;
 use shared::{Error, Result};
 
+use super::DistillationConfig;
 use crate::args::{Options, TrainArgs};
 use crate::config::{ProbePaths, TimeLimit};
 use crate::saver::CheckpointPolicy;
@@ -20,8 +21,8 @@ const LOG_STEPS: u64 = 10;
 pub struct Plan {
     /// The pixels.
     pub shards: PathBuf,
-    /// The teacher's embeddings; none for `pretrain`.
-    pub embeddings: Option<PathBuf>,
+    /// The embeddings of every teacher; none for `pretrain`.
+    pub embeddings: Vec<PathBuf>,
     /// What to start from; drawn weights if none.
     pub init: Option<PathBuf>,
     /// The run.
@@ -54,18 +55,17 @@ impl Plan {
             path.clone().ok_or_else(|| Error::usage(format!("`{}` needs `--{flag}`", objective.name())))
         };
         let embeddings = match objective {
-            Objective::Distill => Some(required(&options.embeddings, "embeddings")?),
-            Objective::Pretrain => {
-                for (given, flag) in
-                    [(options.embeddings.is_some(), "embeddings"), (options.distill_weight.is_some(), "distill-weight")]
-                {
-                    if given {
-                        let message = format!("`pretrain` has no teacher and takes no `--{flag}`: use `distill`");
-                        return Err(Error::usage(message));
-                    }
-                }
-                None
+            Objective::Distill => {
+                let given = options.embeddings.clone().filter(|sets| !sets.is_empty());
+                given.ok_or_else(|| Error::usage("`distill` needs `--embeddings`"))?
             }
+            Objective::Pretrain => match DistillationConfig::given(options) {
+                Some(flag) => {
+                    let message = format!("`pretrain` has no teacher and takes no `--{flag}`: use `distill`");
+                    return Err(Error::usage(message));
+                }
+                None => Vec::new(),
+            },
         };
         let keep = options.keep.unwrap_or(2);
         for (flag, value) in [

@@ -79,7 +79,7 @@ fn twenty_kills_at_random_moments_change_no_byte() -> Result<()> {
     let starting = begun.elapsed();
     assert_eq!(output(command(&workspace, "straight", &[EPOCHS]))?.0, Some(0));
     // From the first instruction to some steps.
-    let longest = starting + (begun.elapsed() - 2 * starting).mul_f64(8.0 / STEPS);
+    let longest = starting + begun.elapsed().saturating_sub(2 * starting).mul_f64(8.0 / STEPS);
     let run = workspace.path("killed");
     let mut random = KeyedRng::new("kills", 0, &[]);
     let mut inside_a_checkpoint = 0;

@@ -1,20 +1,39 @@
 //! The probe: what it measures, that it changes nothing of the training, and what it refuses.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::fs;
+use std::path::Path;
 
-use shared::Result;
+use shared::manifest::{Identity, Manifest, Stage};
+use shared::rng::KeyedRng;
 use shared::run::Run;
-use shared::shard::ShardSet;
+use shared::shard::{ShardSet, ShardSetDetails, ShardWriter, VIEW_PARAMETERS, shard_file_name};
 use shared::tensor_file::TensorFile;
+use shared::{Error, Result};
 use student_train::config::{ProbeConfig, ProbePaths};
 use student_train::probe::Probe;
 
 use crate::resume::assert_same;
 use crate::train;
-use crate::workspace::{Workspace, write_labelled};
+use crate::workspace::Workspace;
 
 const CLASSES: [&str; 3] = ["a", "b", "c"];
+
+/// A shard of noise with one view and `size` pixels to a side; the samples belong to the classes in turn.
+fn write_labelled(directory: &Path, samples: usize, size: usize, classes: &[&str]) -> Result<()> {
+    fs::create_dir_all(directory).map_err(Error::io("create", directory))?;
+    let mut writer = ShardWriter::create(directory.join(shard_file_name(0)), samples, 1, size, size)?;
+    for sample in 0..samples as u64 {
+        let mut rng = KeyedRng::new("test pixels", 1, &[sample]);
+        let pixels: Vec<u8> = (0..size * size * 3).map(|_| rng.below(256) as u8).collect();
+        writer.push(sample, (sample % classes.len() as u64) as i64, &pixels, &[0.0; VIEW_PARAMETERS.len()])?;
+    }
+    let classes = classes.iter().map(ToString::to_string).collect();
+    let details = ShardSetDetails { views: 1, height: size, width: size, classes, ..ShardSetDetails::default() };
+    let identity = Identity::new(Stage::DataPrep, &serde_json::json!({}), samples as u64, Vec::new())?;
+    let counts = BTreeMap::from([("samples".to_string(), samples as u64)]);
+    Manifest::new(identity, counts, serde_json::json!(details), vec![writer.finish()?]).write(directory)
+}
 
 /// A workspace with labelled sets of 16 pixels, and the flags that probe with them.
 fn workspace() -> Result<(Workspace, [String; 2])> {
@@ -55,7 +74,7 @@ fn probe_is_told_and_changes_nothing_of_the_training() -> Result<()> {
     assert_eq!(metrics.probes[1].accuracy.k, 5);
 
     let Some(best) = run.details().best.clone() else { panic!("nothing was found best") };
-    let expected = if metrics.probes[1].accuracy.top1 > metrics.probes[0].accuracy.top1 { 1 } else { 0 };
+    let expected = usize::from(metrics.probes[1].accuracy.top1 > metrics.probes[0].accuracy.top1);
     assert_eq!((best.step, best.accuracy), (metrics.probes[expected].step, metrics.probes[expected].accuracy));
     assert_eq!(summary.best.as_ref(), Some(&best));
     run.check_hash("student-best.safetensors")?;
@@ -78,7 +97,7 @@ fn probed_run_resumes_to_the_same_bytes() -> Result<()> {
     let run = Run::open(workspace.path("straight"))?;
     assert_eq!(run.metrics()?.probes.len(), 3);
     // Readers of a training's events get a file from each call.
-    let files = |run: &str| std::fs::read_dir(workspace.path(run).join("tensorboard")).map_or(0, Iterator::count);
+    let files = |run: &str| fs::read_dir(workspace.path(run).join("tensorboard")).map_or(0, Iterator::count);
     assert_eq!((files("straight"), files("killed")), (1, 4));
     Ok(())
 }
@@ -104,6 +123,6 @@ fn sets_that_do_not_fit_are_refused() -> Result<()> {
         assert!(error.to_string().contains(words), "{error}");
         assert_eq!(error.exit_status(), status, "{error}");
     }
-    assert!(!PathBuf::from(workspace.path("refused")).exists());
+    assert!(!workspace.path("refused").exists());
     Ok(())
 }
