@@ -100,8 +100,7 @@ pub enum Outcome {
 /// together; [`Error::Invalid`] when the loss stops being finite; what reading and writing files can give.
 pub fn train(objective: Objective, options: &Options, plan: &Plan, world: &World) -> Result<Outcome> {
     let watch = StopWatch::start(plan.time_limit);
-    let Inputs { config, init, batches, identity, probe } =
-        world.agree(Inputs::find(objective, options, plan, world))?;
+    let inputs = world.agree(Inputs::find(objective, options, plan, world))?;
     ranks::check_equal(&inputs.identity, world)?;
     let output = match ranks::begin(plan, &inputs.identity, world)? {
         Ok(output) => output,
