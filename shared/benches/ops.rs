@@ -273,6 +273,23 @@ fn pools_and_rows(criterion: &mut Criterion) -> Result<()> {
     })
 }
 
+/// What a step of SwAV does to scores: 256 samples against 3000 prototypes, behind a queue of 3840.
+fn assignments(criterion: &mut Criterion) -> Result<()> {
+    let scores = pixels(&[3840 + 256, 3000])?;
+    criterion.bench_function("sinkhorn N=4096 P=3000", |bencher| {
+        bencher.iter(|| losses::sinkhorn(&scores, 0.05, 3, 256).expect(FITS));
+    });
+    let logits = Var::from_tensor(&pixels(&[256, 3000])?)?;
+    let targets = losses::sinkhorn(&logits, 0.05, 3, 256)?;
+    criterion.bench_function("soft_cross_entropy B=256 P=3000, forward and backward", |bencher| {
+        bencher.iter(|| {
+            let loss = losses::soft_cross_entropy(&logits, &targets, 0.1).expect(FITS);
+            loss.backward().expect(FITS)
+        });
+    });
+    Ok(())
+}
+
 fn contrast_and_updates(criterion: &mut Criterion) -> Result<()> {
     let pass = Pass { mode: Mode::Eval, record: false, engine: Engine::Cpu };
     let rows = |count: usize| ops::l2_normalise(&pixels(&[count, 128])?, &pass);
@@ -320,6 +337,7 @@ fn all(criterion: &mut Criterion) {
         inverted_residual_blocks,
         blocks_of_transformers,
         pools_and_rows,
+        assignments,
         contrast_and_updates,
         networks,
     ] {

@@ -5,6 +5,12 @@
 //! ```
 //! `z_v` are the embeddings of crop `v`, of V, `C` the prototypes, and `q_i` the assignments of global view `i` by [`sinkhorn`], in
 //! which embeddings of earlier steps may take part. Local crops predict and are never predicted.
+//!
+//! Under a teacher the distillation's terms are added on the two global views, whose embeddings a set holds. In the official code of
+//! that testbed (`DisCo-pytorch`, `swav-master/main_swav_distill.py`) the term is the mean of the squared differences over all V
+//! crops, samples and D elements, halved: each crop's mean squared distance weighs `1 / (2 V D)`, and all together `1 / (2 D)`, 1/256
+//! at 128 elements. A `distill_weight` of 1/512 for each of two views sums to the same. Their teacher's embeddings are not scaled to
+//! unit length first, those of a set are.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
