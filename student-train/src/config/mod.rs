@@ -1,9 +1,11 @@
 //! Validated settings: what decides the bytes of a run, and what only decides how it is carried out.
 
+mod distill_terms;
 mod distillation;
 mod method;
 mod optimisation;
 mod plan;
+mod time_limit;
 
 use serde::Serialize;
 use shared::data_loader::Order;
@@ -11,10 +13,12 @@ use shared::models::{Arch, HeadConfig, HeadKind};
 use shared::run::Objective;
 use shared::{Error, Result};
 
-pub use self::distillation::DistillationConfig;
+pub use self::distill_terms::{AskedTerm, DistillTerm, DistillTerms, DistillViews};
+pub use self::distillation::{DistillationConfig, Ensemble, SeedConfig, WeightedTerm};
 pub use self::method::{MethodConfig, MethodName, MocoConfig, SwavConfig};
 pub use self::optimisation::OptimisationConfig;
 pub use self::plan::Plan;
+pub use self::time_limit::TimeLimit;
 use crate::args::Options;
 
 /// Samples that share batch-norm statistics unless told otherwise: those of one GPU in the official setting.
@@ -92,7 +96,8 @@ impl Config {
         let method = MethodConfig::new(objective, options, batch_size)?;
         let usual_hidden = if method.head_kind() == HeadKind::Linear { 0 } else { 2048 };
         let usual_groups = method.usual_bn_groups().unwrap_or_else(|| default_bn_groups(batch_size));
-        let distillation = (objective == Objective::Distill).then(|| DistillationConfig::new(options)).transpose()?;
+        let distillation = (objective == Objective::Distill).then(|| DistillationConfig::new(options, batch_size));
+        let distillation = distillation.transpose()?;
         let config = Self {
             objective,
             student: options.student.unwrap_or(Arch::ResNet18),
@@ -125,7 +130,11 @@ impl Config {
     pub fn to_toml(&self, init: bool) -> Result<String> {
         let mut table = toml::Table::try_from(self).map_err(|e| Error::usage(format!("no TOML form: {e}")))?;
         table.remove("objective");
-        let embeddings = if self.objective == Objective::Distill { " --embeddings EMBEDDINGS" } else { "" };
+        let embeddings = match &self.distillation {
+            None => "",
+            Some(DistillationConfig { ensemble: None, .. }) => " --embeddings EMBEDDINGS",
+            Some(_) => " --embeddings EMBEDDINGS --embeddings EMBEDDINGS ...",
+        };
         let init = if init { " --init INIT" } else { "" };
         let name = self.objective.name();
         Ok(format!(
@@ -199,7 +208,9 @@ mod tests {
         let moco = MocoConfig { queue_size: 65536, temperature: 0.2, key_momentum: 0.999 };
         assert_eq!(config.method, MethodConfig::MocoV2(moco));
         assert_eq!((config.head_hidden, config.embedding_dim), (2048, 64));
-        assert_eq!(config.distillation, Some(DistillationConfig { distill_weight: 32.0 }));
+        let mse = WeightedTerm { weight: 32.0, views: DistillViews::Both };
+        let distillation = DistillationConfig { terms: [(DistillTerm::Mse, mse)].into(), seed: None, ensemble: None };
+        assert_eq!(config.distillation, Some(distillation));
         let config = Config::new(Objective::Pretrain, &Options::default(), None).unwrap();
         assert_eq!((config.embedding_dim, config.distillation), (128, None));
     }

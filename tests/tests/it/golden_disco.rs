@@ -58,11 +58,12 @@ fn batch(config: &Config, step: u64) -> Result<Batch> {
         Objective::Pretrain => None,
     };
     let sample_ids = (0..size as u64).collect();
-    Ok(Batch { step, epoch: 0, sample_ids, views: [view("q")?, view("k")?], locals: None, teacher })
+    let views = [view("q")?, view("k")?];
+    Ok(Batch { step, epoch: 0, sample_ids, views, locals: None, teacher, shuffled_keys: None })
 }
 
 /// The scripts' shifts of batch norm, far from the kink of `ReLU`.
-fn shift(name: &str, count: usize) -> Result<Tensor> {
+pub(crate) fn shift(name: &str, count: usize) -> Result<Tensor> {
     let inside = name.ends_with("bn1.bias") || name == "projection_head.1.bias";
     let negative = |u: f64| u < 0.25 && inside;
     let shifts: Vec<f32> =
@@ -97,7 +98,7 @@ pub(crate) fn check(config: &Config, golden: &Trace, shuffles: &[Vec<u32>], mome
     };
     let queue = Queue::from_keys(unit_rows("queue", QUEUE, config.embedding_dim)?, 0)?;
     let moco = Moco::from_parts(moco, &query, queue)?;
-    let mut state = TrainingState::from_parts(query, Method::Moco(Box::new(moco)), config);
+    let mut state = TrainingState::from_parts(query, Method::Moco(Box::new(moco)), config)?;
     for (step, (golden, shuffle)) in golden.losses.iter().zip(shuffles).enumerate() {
         let found = state.step(&batch(config, step as u64)?, shuffle, config.optimisation.lr)?;
         check_losses(step, &found, golden);

@@ -79,6 +79,7 @@ fn batch(config: &Config, step: u64) -> Result<Batch> {
         views: [view("q")?, view("k")?],
         locals: Some(locals),
         teacher,
+        shuffled_keys: None,
     })
 }
 
@@ -89,7 +90,7 @@ fn check_swav(objective: Objective, accumulate: usize, golden: &Trace) -> Result
     let swav = Swav::new(settings, &query, 0)?;
     let prototypes = parameter("prototypes.weight", &[PROTOTYPES, config.embedding_dim])?;
     swav.trainable().store.load(&BTreeMap::from([("weight".to_owned(), prototypes)]))?;
-    let mut state = TrainingState::from_parts(query, Method::Swav(Box::new(swav)), &config);
+    let mut state = TrainingState::from_parts(query, Method::Swav(Box::new(swav)), &config)?;
     for (step, golden) in golden.losses.iter().enumerate() {
         let found = state.step(&batch(&config, step as u64)?, &[], config.optimisation.lr)?;
         check_losses(step, &found, golden);

@@ -4,6 +4,7 @@ mod chain;
 mod golden_activations;
 mod golden_costs;
 mod golden_disco;
+mod golden_distillation;
 mod golden_losses;
 mod golden_models;
 mod golden_pca;
