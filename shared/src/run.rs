@@ -39,9 +39,9 @@ pub const QUERY_PREFIX: &str = "query.";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Objective {
-    /// Contrast alone: `MoCo` v2.
+    /// A self-supervised method alone.
     Pretrain,
-    /// Contrast and agreement with a teacher: `DisCo`.
+    /// Agreement with a teacher, beside a self-supervised method or alone.
     Distill,
 }
 
