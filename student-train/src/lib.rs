@@ -1,9 +1,10 @@
 //! Trains small vision models without labels: stage three of four.
 //!
 //! The stage reads a shard set and, to distill, the embedding set that a teacher made of it. Each step takes two stored views of every sample
-//! of a batch. A query encoder learns to tell the two views of a sample from a queue of other samples' views and, when there is
-//! a teacher, to give both views the teacher's embeddings; a key encoder follows it slowly and feeds the queue. The result is a
-//! run: a directory with the student, the losses, checkpoints and a manifest. A killed run resumes to the same bytes.
+//! of a batch. By momentum contrast, a query encoder learns to tell the two views of a sample from a queue of other samples' views;
+//! a key encoder follows it slowly and feeds the queue. By `SwAV` it learns to predict from one crop what prototypes another one is
+//! assigned to. When there is a teacher, it learns to give both views the teacher's embeddings. The result is a run: a directory
+//! with the student, the losses, checkpoints and a manifest. A killed run resumes to the same bytes.
 //!
 //! Weights of other programs come in by `import`, or directly as the start of a run; students leave by `export`.
 

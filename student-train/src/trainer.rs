@@ -3,7 +3,7 @@
 //! Order when starting, which is also the order when resuming:
 //! 1. the shard set, the embedding set made from it, the configuration that follows from both, and the weights to start from;
 //! 2. the run's directory: locked, compared with what is asked for, finished or not;
-//! 3. the newest checkpoint that is whole: query and key encoder, momenta, queue and its pointer; if there is none, the
+//! 3. the newest checkpoint that is whole: encoders, prototypes, momenta, queues and their pointers; if there is none, the
 //!    weights to start from;
 //! 4. `metrics.jsonl`, cut back to that checkpoint;
 //! 5. the batches from its step on, made ahead;
