@@ -6,8 +6,9 @@
 //! metrics.jsonl           [`StepMetrics`] after every step, [`EpochMetrics`] after every epoch
 //! timing.jsonl            how fast it went and on what: `seconds`, `images_per_second`, `data_wait_percent`, `peak_memory_bytes` of the
 //!                         process so far (Linux), `isa`, `threads`; differs from run to run, so the manifest does not list it
-//! checkpoints/            see [`crate::checkpoint`]; tensors `query.*`, `key.*`, `sgd.*`, `queue`
-//! student.safetensors     the backbone of the query encoder, names of torchvision and timm
+//! checkpoints/            see [`crate::checkpoint`]; tensors `query.*`, `key.*`, `queue`, `ema.*` of the averaged
+//!                         student, and the optimiser's behind its name
+//! student.safetensors     the backbone of the query encoder or of its average, names of torchvision and timm
 //! ```
 
 use std::collections::BTreeMap;
@@ -33,6 +34,8 @@ pub const TIMING_FILE: &str = "timing.jsonl";
 pub const CONFIG_FILE: &str = "config.toml";
 /// What the names of the query encoder's tensors begin with in a checkpoint.
 pub const QUERY_PREFIX: &str = "query.";
+/// What the names of the averaged student's tensors begin with in a checkpoint.
+pub const AVERAGE_PREFIX: &str = "ema.";
 
 /// What a run trains for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,6 +76,8 @@ impl Losses {
     pub const DISTILL_Q: &'static str = "distill_q";
     /// As `distill_q`, on the key's view.
     pub const DISTILL_K: &'static str = "distill_k";
+    /// The norm of all gradients together, before it was clipped.
+    pub const GRADIENT_NORM: &'static str = "grad_norm";
 
     /// A term by its name.
     pub fn term(&self, name: &str) -> Option<f32> {

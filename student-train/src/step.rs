@@ -5,18 +5,16 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 use shared::checkpoint::Checkpoint;
 use shared::models::Encoder;
-use shared::optim::{Sgd, SgdConfig};
+use shared::optim::{Optimizer, average_update, clip_gradients, gradient_norm};
 use shared::rng::KeyedRng;
-use shared::run::{Losses, QUERY_PREFIX, prefixed};
+use shared::run::{AVERAGE_PREFIX, Losses, QUERY_PREFIX, prefixed};
 use shared::{Error, Fault, Result};
 
-use crate::config::{Config, OptimisationConfig};
+use crate::config::Config;
 use crate::distillation::Distillation;
 use crate::method::{Counters, Method, StepInput};
 use crate::trainable::{GradientSum, Trainable};
 
-/// What the names of the optimiser's momenta begin with in a checkpoint.
-pub const SGD_PREFIX: &str = "sgd.";
 /// The name of the student among what learns.
 pub const QUERY_NAME: &str = "query";
 
@@ -33,14 +31,22 @@ pub struct Batch {
     pub teacher: Option<[Tensor; 2]>,
 }
 
+/// A student whose parameters are a moving average of the query encoder's.
+#[derive(Debug)]
+struct Average {
+    student: Encoder,
+    decay: f64,
+}
+
 /// All that changes from step to step.
 #[derive(Debug)]
 pub struct TrainingState {
     query: Encoder,
     method: Method,
     distillation: Option<Distillation>,
-    /// Of every trainable network, by its name.
-    optimizers: BTreeMap<&'static str, Sgd>,
+    optimizer: Optimizer,
+    clip_norm: Option<f64>,
+    average: Option<Average>,
     bn_groups: usize,
     accumulate: usize,
 }
@@ -53,29 +59,37 @@ impl TrainingState {
     pub fn new(config: &Config) -> Result<Self> {
         let query = Encoder::new(config.student, Some(config.head()), config.seed)?;
         let method = Method::new(config, &query)?;
-        Ok(Self::from_parts(query, method, config))
+        Self::from_parts(query, method, config)
     }
 
     /// A state made of a given student and method.
-    pub fn from_parts(query: Encoder, method: Method, config: &Config) -> Self {
-        let distillation = config.distillation.as_ref().map(Distillation::new);
-        let mut state = Self {
+    ///
+    /// # Errors
+    /// Only if a tensor operation fails.
+    pub fn from_parts(query: Encoder, method: Method, config: &Config) -> Result<Self> {
+        let optimisation = &config.optimisation;
+        let average =
+            optimisation.ema_decay.map(|decay| Ok::<_, Error>(Average { student: query.momentum_copy()?, decay }));
+        Ok(Self {
+            average: average.transpose()?,
             query,
             method,
-            distillation,
-            optimizers: BTreeMap::new(),
+            distillation: config.distillation.as_ref().map(Distillation::new),
+            optimizer: Optimizer::new(optimisation.optimizer()),
+            clip_norm: optimisation.clip_norm,
             bn_groups: config.bn_groups,
             accumulate: config.accumulate,
-        };
-        let OptimisationConfig { momentum, weight_decay, .. } = config.optimisation;
-        let sgd = || Sgd::new(SgdConfig { momentum, weight_decay });
-        state.optimizers = state.trainables().into_iter().map(|trainable| (trainable.name, sgd())).collect();
-        state
+        })
     }
 
     /// The encoder that learns.
     pub fn query(&self) -> &Encoder {
         &self.query
+    }
+
+    /// The encoder that the run exports and that is evaluated: the moving average where there is one.
+    pub fn student(&self) -> &Encoder {
+        self.average.as_ref().map_or(&self.query, |average| &average.student)
     }
 
     /// The self-supervised method.
@@ -92,6 +106,9 @@ impl TrainingState {
         let mut all = self.query.store().to_tensors()?;
         all.extend(tensors.iter().map(|(name, tensor)| (name.clone(), tensor.clone())));
         self.query.store().load(&all)?;
+        if let Some(average) = &self.average {
+            average.student.store().copy_from(self.query.store())?;
+        }
         self.method.restart(&self.query)
     }
 
@@ -105,14 +122,15 @@ impl TrainingState {
 
     /// Makes one step and returns the losses that it minimised.
     ///
-    /// In this order: the method's forward and backward passes with the teacher's terms, descent, what the method does after a
-    /// step.
+    /// In this order: the method's forward and backward passes with the teacher's terms, clipping, descent, the average of the
+    /// student, what the method does after a step.
     ///
     /// # Shapes
     /// - `shuffle`: a permutation of `0..B`, see [`batch_shuffle`]
     ///
     /// # Errors
-    /// [`Error::Invalid`] when the loss is not finite, before the parameters move; [`Error::Shape`] when the batch does not fit.
+    /// [`Error::Invalid`] when the loss, a clipped gradient or a parameter is not finite: the state must not be saved then;
+    /// [`Error::Shape`] when the batch does not fit.
     pub fn step(&mut self, batch: &Batch, shuffle: &[u32], lr: f64) -> Result<Losses> {
         let mut gradients = GradientSum::new(self.trainables());
         let input = StepInput {
@@ -123,14 +141,29 @@ impl TrainingState {
             bn_groups: self.bn_groups,
             accumulate: self.accumulate,
         };
-        let losses = self.method.gradients(&input, &mut gradients)?;
+        let mut losses = self.method.gradients(&input, &mut gradients)?;
         if !losses.loss.is_finite() {
-            return Err(not_finite(&losses, batch));
+            return Err(not_finite(&format!("the loss became {}", losses.loss), &losses, batch));
+        }
+        if let Some(limit) = self.clip_norm {
+            let norm = gradient_norm(gradients.iter().map(|(_, gradients)| gradients))?;
+            losses.terms.insert(Losses::GRADIENT_NORM.into(), norm as f32);
+            if !norm.is_finite() {
+                return Err(not_finite("a gradient is not finite", &losses, batch));
+            }
+            clip_gradients(gradients.iter().map(|(_, gradients)| gradients), norm, limit)?;
         }
         for (trainable, gradients) in gradients.iter() {
-            if let Some(optimizer) = self.optimizers.get_mut(trainable.name) {
-                optimizer.step(&trainable.store, gradients, lr)?;
+            self.optimizer.step(trainable.name, &trainable.store, gradients, lr)?;
+        }
+        for Trainable { name: network, store } in self.trainables() {
+            if let Some(name) = store.first_not_finite()? {
+                let what = format!("the parameter `{network}.{name}` is not finite any more");
+                return Err(not_finite(&what, &losses, batch));
             }
+        }
+        if let Some(Average { student, decay }) = &self.average {
+            average_update(student.store(), self.query.store(), *decay)?;
         }
         self.method.after_step()?;
         Ok(losses)
@@ -145,10 +178,14 @@ impl TrainingState {
         let mut tensors: BTreeMap<String, Tensor> =
             query.into_iter().map(|(name, tensor)| (format!("{QUERY_PREFIX}{name}"), tensor)).collect();
         tensors.extend(self.method.to_tensors()?);
+        if let Some(average) = &self.average {
+            let average = average.student.store().to_tensors()?;
+            tensors.extend(average.into_iter().map(|(name, tensor)| (format!("{AVERAGE_PREFIX}{name}"), tensor)));
+        }
         for Trainable { name: network, store } in self.trainables() {
-            let Some(optimizer) = self.optimizers.get(network) else { continue };
-            let momenta = optimizer.to_tensors(&store)?;
-            tensors.extend(momenta.into_iter().map(|(name, tensor)| (format!("{SGD_PREFIX}{network}.{name}"), tensor)));
+            let prefix = self.optimizer.prefix(network);
+            let state = self.optimizer.to_tensors(network, &store)?;
+            tensors.extend(state.into_iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor)));
         }
         Ok(tensors)
     }
@@ -166,10 +203,12 @@ impl TrainingState {
         let file = &checkpoint.tensors;
         self.query.store().load(&prefixed(file, QUERY_PREFIX)?)?;
         self.method.load(file, counters)?;
+        if let Some(average) = &self.average {
+            average.student.store().load(&prefixed(file, AVERAGE_PREFIX)?)?;
+        }
         for Trainable { name: network, store } in self.trainables() {
-            if let Some(optimizer) = self.optimizers.get_mut(network) {
-                optimizer.load(&store, &prefixed(file, &format!("{SGD_PREFIX}{network}."))?)?;
-            }
+            let tensors = prefixed(file, &self.optimizer.prefix(network))?;
+            self.optimizer.load(network, &store, &tensors)?;
         }
         let known = self.to_tensors()?;
         match file.names().into_iter().find(|name| !known.contains_key(name)) {
@@ -186,20 +225,15 @@ pub fn batch_shuffle(batch_size: usize, seed: u64, step: u64) -> Vec<u32> {
     order
 }
 
-fn not_finite(losses: &Losses, batch: &Batch) -> Error {
-    const LISTED: usize = 4;
+/// What stopped, in one sentence; the samples are named so that they can be looked at.
+fn not_finite(what: &str, losses: &Losses, batch: &Batch) -> Error {
+    const LISTED: usize = 256;
     let ids: Vec<String> = batch.sample_ids.iter().take(LISTED).map(|id| format!("{id:016x}")).collect();
     let more = batch.sample_ids.len().saturating_sub(LISTED);
     let more = if more > 0 { format!(" and {more} more") } else { String::new() };
     let terms: Vec<String> = losses.terms.iter().map(|(name, value)| format!("{name} {value}")).collect();
     Error::invalid(
-        format!(
-            "the loss became {} ({}) in step {} on the samples {}{more}",
-            losses.loss,
-            terms.join(", "),
-            batch.step + 1,
-            ids.join(", ")
-        ),
-        "start again with `--overwrite` and a lower `--lr`",
+        format!("{what} ({}) in step {} on the samples {}{more}", terms.join(", "), batch.step + 1, ids.join(", ")),
+        "lower `--lr`, warm it up by `--warmup-epochs` or clip gradients by `--clip-norm`, and start again with `--overwrite`",
     )
 }

@@ -29,13 +29,12 @@ use shared::ops::{Isa, isa};
 use shared::output::{Begun, OutputDir};
 use shared::progress::note;
 use shared::run::{CONFIG_FILE, Losses, METRICS_FILE, Objective, RunDetails, StepMetrics};
-use shared::schedule::Cosine;
 use shared::shard::ShardSet;
 use shared::{Error, Fault, Result};
 
-use crate::args::{LrUnit, Options};
+use crate::args::Options;
 use crate::batches::{Batches, queue_advice};
-use crate::config::{Config, OptimisationConfig, Plan};
+use crate::config::{Config, Plan};
 use crate::export::write_student;
 use crate::init::Init;
 use crate::method::Counters;
@@ -196,20 +195,26 @@ impl<'a> Trainer<'a> {
         };
         let (batch, waited) = (batch?, asked.elapsed());
         let epoch = self.step / self.batches.steps_per_epoch();
-        let lr = self.lr(epoch);
+        let steps_per_epoch = self.batches.steps_per_epoch();
+        let lr = self.config.optimisation.schedule(self.config.epochs, steps_per_epoch).lr(self.step);
         let shuffle = batch_shuffle(self.config.batch_size, self.config.seed, self.step);
-        let losses = self.state.step(&batch, &shuffle, lr)?;
+        let losses = self.state.step(&batch, &shuffle, lr).map_err(|error| self.with_last_checkpoint(error))?;
         self.step += 1;
         Ok((StepMetrics { step: self.step, epoch, lr, losses }, waited))
     }
 
-    fn lr(&self, epoch: u64) -> f64 {
-        let epochs = self.config.epochs;
-        let OptimisationConfig { lr, lr_unit, .. } = self.config.optimisation;
-        match lr_unit {
-            LrUnit::Epoch => Cosine { lr, total: epochs }.lr(epoch),
-            LrUnit::Step => Cosine { lr, total: epochs * self.batches.steps_per_epoch() }.lr(self.step),
-        }
+    /// Says of a step that cannot be used where the last state is that can.
+    fn with_last_checkpoint(&self, error: Error) -> Error {
+        let Error::Invalid { message, hint } = error else { return error };
+        let last = self.checkpoints.steps().ok().and_then(|steps| steps.last().copied());
+        let last = last.map_or_else(
+            || "there is no good checkpoint yet".into(),
+            |step| {
+                let path = self.checkpoints.directory().join(shared::checkpoint::tensors_file_name(step));
+                format!("the last good checkpoint is `{}`", path.display())
+            },
+        );
+        Error::Invalid { message: format!("{message}; {last}"), hint }
     }
 
     fn save(&self) -> Result<[FileEntry; 2]> {
@@ -229,7 +234,7 @@ impl<'a> Trainer<'a> {
 
     fn finish(self, output: OutputDir) -> Result<Outcome> {
         let image_size = [self.batches.shards().height(), self.batches.shards().width()];
-        let student = write_student(output.path(), self.state.query(), image_size)?;
+        let student = write_student(output.path(), self.state.student(), image_size)?;
         let directory = self.checkpoints.directory();
         let mut files = vec![self.config_file, student];
         for name in [shared::checkpoint::tensors_file_name(self.step), shared::checkpoint::record_file_name(self.step)]

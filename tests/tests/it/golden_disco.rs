@@ -37,19 +37,21 @@ struct Trace {
     tensors: BTreeMap<String, Vec<f64>>,
 }
 
-fn config(objective: Objective) -> Result<Config> {
+/// The script's settings, and `more`.
+pub(crate) fn config(objective: Objective, more: Options) -> Result<Config> {
     let options = Options {
         batch_size: Some(8),
         bn_groups: Some(2),
         head_hidden: Some(64),
         embedding_dim: Some(32),
         queue_size: Some(QUEUE),
-        ..Options::default()
+        ..more
     };
     Ok(Config::new(objective, &options, None)?)
 }
 
-fn batch(config: &Config, step: u64) -> Result<Batch> {
+/// What the script feeds to a step.
+pub(crate) fn batch(config: &Config, step: u64) -> Result<Batch> {
     let (size, width) = (config.batch_size, config.embedding_dim);
     let view = |which: &str| values(&format!("view {which} {step}"), &[size, SIZE, SIZE, 3], -2.0, 2.0);
     let target = |which: &str| unit_rows(&format!("teacher {which} {step}"), size, width);
@@ -73,8 +75,8 @@ fn relative(found: f32, golden: f32) -> f64 {
     (f64::from(found) - f64::from(golden)).abs() / f64::from(golden).abs().max(1e-30)
 }
 
-fn check(objective: Objective, golden: &Trace, shuffles: &[Vec<u32>]) -> Result<()> {
-    let config = config(objective)?;
+/// The state that the script starts from.
+pub(crate) fn state(config: &Config) -> Result<TrainingState> {
     let query = Encoder::new(config.student, Some(config.head()), 0)?;
     let mut weights = parameters(&query.store().names_and_shapes())?;
     for (name, tensor) in &mut weights {
@@ -86,15 +88,30 @@ fn check(objective: Objective, golden: &Trace, shuffles: &[Vec<u32>]) -> Result<
     let MethodConfig::MocoV2(moco) = &config.method else { anyhow::bail!("another method") };
     let queue = Queue::from_keys(unit_rows("queue", QUEUE, config.embedding_dim)?, 0)?;
     let moco = Moco::from_parts(moco, &query, queue)?;
-    let mut state = TrainingState::from_parts(query, Method::Moco(Box::new(moco)), &config);
-    for (step, (golden, shuffle)) in golden.losses.iter().zip(shuffles).enumerate() {
-        let found = state.step(&batch(&config, step as u64)?, shuffle, config.optimisation.lr)?;
-        assert_eq!(found.terms.keys().collect::<Vec<_>>(), golden.terms.keys().collect::<Vec<_>>(), "step {step}");
-        let terms = golden.terms.iter().map(|(name, &value)| (name.as_str(), found.terms[name], value));
-        for (term, found, golden) in std::iter::once(("loss", found.loss, golden.loss)).chain(terms) {
-            let error = relative(found, golden);
-            assert!(error < TOLERANCE, "step {step}, {term}: {found}, expected {golden}, relative error {error:e}");
-        }
+    Ok(TrainingState::from_parts(query, Method::Moco(Box::new(moco)), config)?)
+}
+
+/// Compares the losses of a step, and what was reported of it.
+pub(crate) fn assert_losses(step: u64, found: &Losses, golden: &Losses) {
+    assert_eq!(found.terms.keys().collect::<Vec<_>>(), golden.terms.keys().collect::<Vec<_>>(), "step {step}");
+    let terms = golden.terms.iter().map(|(name, &value)| (name.as_str(), found.terms[name], value));
+    for (term, found, golden) in std::iter::once(("loss", found.loss, golden.loss)).chain(terms) {
+        let error = relative(found, golden);
+        assert!(error < TOLERANCE, "step {step}, {term}: {found}, expected {golden}, relative error {error:e}");
+    }
+}
+
+/// The orders in which the key encoder sees the samples.
+pub(crate) fn shuffles() -> Result<Vec<Vec<u32>>> {
+    Ok(golden()?.shuffles)
+}
+
+fn check(objective: Objective, golden: &Trace, shuffles: &[Vec<u32>]) -> Result<()> {
+    let config = config(objective, Options::default())?;
+    let mut state = state(&config)?;
+    for (step, (golden, shuffle)) in (0..).zip(golden.losses.iter().zip(shuffles)) {
+        let found = state.step(&batch(&config, step)?, shuffle, config.optimisation.lr)?;
+        assert_losses(step, &found, golden);
     }
     assert_eq!(state.counters()["queue_pointer"], golden.pointer);
     let renamed = |name: String| name.replacen("sgd.query.", "sgd.", 1);

@@ -6,6 +6,7 @@ mod golden_costs;
 mod golden_disco;
 mod golden_losses;
 mod golden_models;
+mod golden_optimisers;
 mod golden_pca;
 mod golden_teachers;
 mod golden_transformers;
