@@ -8,8 +8,9 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use shared::models::{Arch, Encoder};
 use shared::ops::{
     self, Activation, Attention, AttentionBlock, BasicBlock, Bottleneck, Builder, ClassAttentionBlock, Engine, Gate,
-    Geometry, Init, LocalBlock, LocalPatchInteraction, MbConv, MlpBlock, Mode, Padding, Parameter, ParameterStore,
-    Pass, PatchEmbedding, PositionResampling, Positions, ProjectionHead, SqueezeExcite, Stem, WeightLayout,
+    Geometry, HiddenLayer, Init, LocalBlock, LocalPatchInteraction, MbConv, MlpBlock, Mode, Padding, Parameter,
+    ParameterStore, Pass, PatchEmbedding, PositionResampling, Positions, ProjectionHead, SqueezeExcite, Stem,
+    WeightLayout,
 };
 use shared::{Result, losses};
 
@@ -260,11 +261,12 @@ fn pools_and_rows(criterion: &mut Criterion) -> Result<()> {
     operator(criterion, "global_average_pool", &[BATCH, 7, 7, 1280], &empty, ops::global_average_pool)?;
     operator(criterion, "l2_normalise", &[256, 128], &empty, ops::l2_normalise)?;
     let mut builder = Builder::new(&Device::Cpu);
-    let head =
-        ProjectionHead { hidden: builder.linear("fc.0", 1280, 2048)?, output: builder.linear("fc.2", 2048, 128)? };
+    let hidden = builder.linear("fc.0", 1280, 2048)?;
+    let output = builder.linear("fc.2", 2048, 128)?;
+    let head = ProjectionHead { hidden: Some(HiddenLayer { linear: hidden.clone(), norm: None }), output };
     let store = builder.finish(0)?;
     operator(criterion, "linear 1280->2048 Relu", &[BATCH, 1280], &store, |xs, pass| {
-        ops::linear(xs, &head.hidden, Activation::Relu, pass)
+        ops::linear(xs, &hidden, Activation::Relu, pass)
     })?;
     operator(criterion, "projection_head 1280-2048-128", &[BATCH, 1280], &store, |xs, pass| {
         ops::projection_head(xs, &head, pass)

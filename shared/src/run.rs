@@ -6,8 +6,9 @@
 //! metrics.jsonl           [`StepMetrics`] after every step, [`EpochMetrics`] after every epoch
 //! timing.jsonl            how fast it went and on what: `seconds`, `images_per_second`, `data_wait_percent`, `peak_memory_bytes` of the
 //!                         process so far (Linux), `isa`, `threads`; differs from run to run, so the manifest does not list it
-//! checkpoints/            see [`crate::checkpoint`]; tensors `query.*`, `key.*`, `queue`, `ema.*` of the averaged
-//!                         student, and the optimiser's behind its name
+//! checkpoints/            see [`crate::checkpoint`]; tensors `query.*`, `key.*`, `queue`, `ema.*` of the averaged student, and the
+//!                         optimiser's behind its name (`sgd.*`); of `SwAV` `prototypes.weight` and `swav_queue.*` in
+//!                         place of key encoder and queue
 //! student.safetensors     the backbone of the query encoder or of its average, names of torchvision and timm
 //! ```
 
@@ -21,7 +22,7 @@ use crate::error::{Error, Fault, Result};
 use crate::io::hash_file;
 use crate::logging::read_json_lines;
 use crate::manifest::{MANIFEST_FILE, Manifest, Stage};
-use crate::models::{Arch, Encoder, HeadConfig};
+use crate::models::{Arch, Encoder, HeadConfig, HeadKind};
 use crate::tensor_file::TensorFile;
 
 /// File name of the exported backbone.
@@ -78,6 +79,9 @@ impl Losses {
     pub const DISTILL_K: &'static str = "distill_k";
     /// The norm of all gradients together, before it was clipped.
     pub const GRADIENT_NORM: &'static str = "grad_norm";
+
+    /// The cross entropy of predicted cluster assignments, mean over pairs of crops.
+    pub const SWAPPED_PREDICTION: &'static str = "swapped_prediction";
 
     /// A term by its name.
     pub fn term(&self, name: &str) -> Option<f32> {
@@ -166,7 +170,11 @@ pub struct RunDetails {
     pub arch: Arch,
     /// F: width of the pooled features.
     pub feature_width: usize,
-    /// Hidden width of the projection head.
+    /// The layers of the projection head; not named when it is `MoCo` v2's.
+    #[serde(default, skip_serializing_if = "HeadKind::is_default")]
+    pub head: HeadKind,
+    /// Hidden width of the projection head; 0 and not named when it has none.
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub head_hidden: usize,
     /// D: width of an embedding.
     pub embedding_dim: usize,
@@ -177,6 +185,18 @@ pub struct RunDetails {
     /// Means over the last epoch.
     #[serde(rename = "final")]
     pub final_losses: Losses,
+}
+
+impl RunDetails {
+    /// The projection head.
+    pub fn head(&self) -> HeadConfig {
+        HeadConfig { kind: self.head, hidden: self.head_hidden, embedding_dim: self.embedding_dim }
+    }
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_zero(number: &usize) -> bool {
+    *number == 0
 }
 
 /// A finished run.
@@ -259,9 +279,8 @@ impl Run {
     /// # Errors
     /// As [`Run::student`].
     pub fn query_encoder(&self) -> Result<Encoder> {
-        let RunDetails { arch, head_hidden, embedding_dim, checkpoint, .. } = &self.details;
-        let head = HeadConfig { hidden: *head_hidden, embedding_dim: *embedding_dim };
-        let encoder = Encoder::new(*arch, Some(head), 0)?;
+        let RunDetails { arch, checkpoint, .. } = &self.details;
+        let encoder = Encoder::new(*arch, Some(self.details.head()), 0)?;
         encoder.store().load(&prefixed(&TensorFile::open(self.directory.join(checkpoint))?, QUERY_PREFIX)?)?;
         Ok(encoder)
     }

@@ -69,7 +69,7 @@ fn difference(theirs: Statistics, ours: Statistics) -> Option<String> {
 fn drawn_values_have_the_distributions_of_torchvision_and_timm() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/initial_values.json");
     let golden: Golden = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
-    let head = HeadConfig { hidden: golden.head[0], embedding_dim: golden.head[1] };
+    let head = HeadConfig::mlp(golden.head[0], golden.head[1]);
     assert!(golden.students.len() >= 9);
     for (student, expected) in golden.students {
         let arch: Arch = student.parse().unwrap();

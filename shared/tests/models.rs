@@ -8,7 +8,7 @@ use shared::ops::{Engine, Mode};
 
 type TestResult = Result<(), Box<dyn std::error::Error>>;
 
-const HEAD: HeadConfig = HeadConfig { hidden: 300, embedding_dim: 20 };
+const HEAD: HeadConfig = HeadConfig::mlp(300, 20);
 /// One of each kind.
 const KINDS: [Arch; 3] = [Arch::ResNet18, Arch::EfficientNetB0, Arch::MobileNetV3Large];
 

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use prost::Message as _;
-use shared::models::{Arch, Encoder, HeadConfig};
+use shared::models::{Arch, Encoder, HeadConfig, HeadKind};
 use shared::onnx::proto::{
     AttributeProto, AttributeType, DataType, Dimension, DimensionProto, GraphProto, ModelProto, NodeProto,
     OperatorSetIdProto, StringStringEntryProto, TensorProto, TensorShapeProto, TensorTypeProto, TypeProto,
@@ -13,7 +13,7 @@ use shared::onnx::proto::{
 };
 use shared::{Error, Result, onnx};
 
-const HEAD: HeadConfig = HeadConfig { hidden: 8, embedding_dim: 4 };
+const HEAD: HeadConfig = HeadConfig::mlp(8, 4);
 /// The others have more of the same blocks.
 const ONE_OF_EACH_KIND: [Arch; 7] = [
     Arch::ResNet18,
@@ -116,8 +116,10 @@ fn messages_are_those_of_the_onnx_package() {
 
 #[test]
 fn graphs_are_in_order_and_hold_all_tensors_of_the_network() -> Result<()> {
-    for arch in ONE_OF_EACH_KIND {
-        let (encoder, model) = encoded(arch, Some(HEAD), [224, 224])?;
+    let other_heads =
+        [HeadKind::Linear, HeadKind::MlpBatchNorm].map(|kind| (Arch::ResNet18, HeadConfig { kind, ..HEAD }));
+    for (arch, head) in ONE_OF_EACH_KIND.map(|arch| (arch, HEAD)).into_iter().chain(other_heads) {
+        let (encoder, model) = encoded(arch, Some(head), [224, 224])?;
         let graph = model.graph.unwrap();
         let tensors = encoder.store().to_tensors()?;
         let mut known = BTreeSet::from([onnx::IMAGES.to_string()]);

@@ -3,13 +3,13 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use shared::cli::{CommonArgs, ComputeArgs};
 use shared::data_loader::Order;
 use shared::models::Arch;
 use shared::optim::NoDecay;
 
-use crate::config::{CurveName, MethodName, OptimizerName};
+use crate::config::{CurveName, DistillTerms, DistillViews, Ensemble, MethodName, OptimizerName, TimeLimit};
 
 /// Trains small vision models without labels, alone or under a teacher
 #[derive(Debug, Clone, Parser)]
@@ -29,10 +29,16 @@ pub enum Command {
         --output runs/disco\n\nEvery option may also stand in a TOML file given by `--config`, under the flag's name."
     )]
     Distill(TrainArgs),
-    /// Train an encoder without a teacher (MoCo v2): a baseline, or a teacher for others
+    /// Train an encoder without a teacher (MoCo v2, MoCo v1, SwAV): a baseline, or a teacher for others
     #[command(
         mut_arg("embeddings", |arg| arg.hide(true)),
+        mut_arg("ensemble", |arg| arg.hide(true)),
+        mut_arg("distill", |arg| arg.hide(true)),
         mut_arg("distill_weight", |arg| arg.hide(true)),
+        mut_arg("distill_views", |arg| arg.hide(true)),
+        mut_arg("seed_queue_size", |arg| arg.hide(true)),
+        mut_arg("seed_temperature", |arg| arg.hide(true)),
+        mut_arg("seed_teacher_temperature", |arg| arg.hide(true)),
         after_help = "Example: student-train pretrain --shards shards --student resnet50 --output runs/teacher\n\n\
         Every option may also stand in a TOML file given by `--config`, under the flag's name.",
     )]
@@ -86,10 +92,13 @@ pub struct Options {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shards: Option<PathBuf>,
 
-    /// Embedding set that the teacher made of these shards
+    /// Embedding set that the teacher made of these shards; several make an ensemble of teachers
+    ///
+    /// Give the flag once for every teacher, or a list in the file; `--ensemble` says how they are used together. Every set must be
+    /// made from exactly these shards.
     #[arg(long, value_name = "DIR")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub embeddings: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "one_or_more")]
+    pub embeddings: Option<Vec<PathBuf>>,
 
     /// Directory of the run
     #[arg(long, value_name = "DIR")]
@@ -134,7 +143,7 @@ pub struct Options {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accumulate: Option<usize>,
 
-    /// Groups of a batch that have batch-norm statistics of their own [default: one for every 32 samples]
+    /// Groups of a batch that have batch-norm statistics of their own [default: one for every 32 samples; swav: 1]
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bn_groups: Option<usize>,
@@ -257,7 +266,7 @@ pub struct Options {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub method: Option<MethodName>,
 
-    /// Hidden width of the projection head [default: 2048]
+    /// Hidden width of the projection head [default: 2048; moco-v1 has none]
     ///
     /// The narrow heads of the paper's distilling bottleneck, to compare with: 512 for MobileNetV3, 1280 for other students.
     #[arg(long, value_name = "N", help_heading = "Objective")]
@@ -274,7 +283,7 @@ pub struct Options {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub queue_size: Option<usize>,
 
-    /// Temperature of the contrastive loss [default: 0.2]
+    /// Temperature of the method's loss [default: 0.2; moco-v1: 0.07; swav: 0.1]
     #[arg(long, value_name = "X", help_heading = "Objective")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub temperature: Option<f64>,
@@ -284,20 +293,122 @@ pub struct Options {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key_momentum: Option<f64>,
 
-    /// Weight of the squared distance to the teacher, per view [default: 32, the official code's effective weight]
+    /// Prototypes that swav assigns embeddings to [default: 3000]
+    #[arg(long, value_name = "N", help_heading = "Objective")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prototypes: Option<usize>,
+
+    /// What swav divides scores by before the Sinkhorn-Knopp algorithm assigns them: the smaller, the sharper [default: 0.05]
     #[arg(long, value_name = "X", help_heading = "Objective")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epsilon: Option<f64>,
+
+    /// Turns of the Sinkhorn-Knopp algorithm [default: 3]
+    #[arg(long, value_name = "N", help_heading = "Objective")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sinkhorn_iterations: Option<usize>,
+
+    /// Earlier embeddings that swav assigns along with a batch; 0 for none, rounded down to whole batches [default: 3840]
+    #[arg(long, value_name = "N", help_heading = "Objective")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub swav_queue_size: Option<usize>,
+
+    /// Epoch, counted from 0, in which swav's queue begins to fill; it is used once it is full [default: 15]
+    #[arg(long, value_name = "N", help_heading = "Objective")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queue_from_epoch: Option<u64>,
+
+    /// Steps in which swav's prototypes stay as they were drawn [default: 313]
+    #[arg(long, value_name = "N", help_heading = "Objective")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub freeze_prototypes_steps: Option<u64>,
+
+    /// Terms of the teacher and their weights, as `mse=32,rkd=1@query` [default: mse=32]
+    ///
+    /// mse: squared distance of the embeddings (DisCo), whose weight 32 is the official code's effective one.
+    /// rkd: distances and angles between samples (RKD); `rkd=W` is `rkd-distance=W,rkd-angle=2W`. Samples of one batch-norm group
+    /// have relations with each other.
+    /// seed: cross entropy of similarities to a queue of the teacher's embeddings (SEED).
+    /// simreg: a predictor regresses the teacher's embeddings from the student's features; it is no part of the student.
+    /// A term acts on the views of `--distill-views` unless `@both` or `@query` follows its weight. In a file, a table does too:
+    /// `[distill]`, then `mse = 32` and `rkd = "1@query"`.
+    #[arg(long, value_name = "TERM=WEIGHT,...", help_heading = "Teacher")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub distill: Option<DistillTerms>,
+
+    /// Weight of the squared distance to the teacher, per view: short for `--distill mse=X`
+    #[arg(long, value_name = "X", help_heading = "Teacher")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub distill_weight: Option<f64>,
 
-    /// Write a checkpoint every so many steps too, besides each epoch's
+    /// Views on which the teacher's terms act [default: both]
+    #[arg(long, value_name = "VIEWS", help_heading = "Teacher")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub distill_views: Option<DistillViews>,
+
+    /// What several `--embeddings` become [default: mean]
+    #[arg(long, value_name = "HOW", help_heading = "Teacher")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ensemble: Option<Ensemble>,
+
+    /// Teacher embeddings in the queue of the term seed [default: 65536]
+    #[arg(long, value_name = "N", help_heading = "Teacher")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seed_queue_size: Option<usize>,
+
+    /// Temperature of the student's distribution in the term seed [default: 0.2]
+    #[arg(long, value_name = "X", help_heading = "Teacher")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seed_temperature: Option<f64>,
+
+    /// Temperature of the teacher's distribution in the term seed [default: 0.01]
+    #[arg(long, value_name = "X", help_heading = "Teacher")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seed_teacher_temperature: Option<f64>,
+
+    /// Write a checkpoint when the last one is so many minutes old [default: 10]
+    ///
+    /// A thread writes it while the training goes on. A run that is killed goes on from its last checkpoint, one that is asked to
+    /// stop (Ctrl-C, `kill`, pre-emption by Slurm) writes one first. None of these options changes a byte of the result.
+    #[arg(long, value_name = "X", help_heading = "Checkpoints")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoint_minutes: Option<f64>,
+
+    /// Write a checkpoint every so many steps too
     #[arg(long, value_name = "N", help_heading = "Checkpoints")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub checkpoint_steps: Option<u64>,
+
+    /// Write a checkpoint every so many epochs too
+    #[arg(long, value_name = "N", help_heading = "Checkpoints")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoint_epochs: Option<u64>,
 
     /// Checkpoints to keep [default: 2]
     #[arg(long, value_name = "N", help_heading = "Checkpoints")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keep: Option<usize>,
+
+    /// Stop with a checkpoint before this call has run so long: `11h30m`, `45m`, or plain minutes
+    ///
+    /// The same command goes on. Leave the batch system's limit some minutes more, for the last step and the checkpoint.
+    #[arg(long, value_name = "TIME", help_heading = "Checkpoints")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub time_limit: Option<TimeLimit>,
+}
+
+/// Reads a path or a list of paths.
+fn one_or_more<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<PathBuf>>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Paths {
+        One(PathBuf),
+        More(Vec<PathBuf>),
+    }
+    Ok(Some(match Paths::deserialize(deserializer)? {
+        Paths::One(path) => vec![path],
+        Paths::More(paths) => paths,
+    }))
 }
 
 /// Formats of an exported student.
@@ -426,13 +537,22 @@ mod tests {
             .collect();
         assert!(keys.len() > 15);
         for key in keys {
-            let known =
-                ["1", "true", "[1]", "\"resnet18\"", "\"step\"", "\"quasi\"", "\"none\"", "\"sgd\"", "\"cosine\""]
-                    .iter()
-                    .any(|value| {
-                        let text = format!("{key} = {value}");
-                        toml::from_str::<Options>(&text).is_ok()
-                    });
+            let values = [
+                "1",
+                "true",
+                "[1]",
+                "\"resnet18\"",
+                "\"step\"",
+                "\"quasi\"",
+                "\"none\"",
+                "\"1h\"",
+                "\"mse=1\"",
+                "\"query\"",
+                "\"mean\"",
+                "\"sgd\"",
+                "\"cosine\"",
+            ];
+            let known = values.iter().any(|value| toml::from_str::<Options>(&format!("{key} = {value}")).is_ok());
             assert!(known, "`{key}` is a flag and no key");
         }
     }

@@ -4,14 +4,19 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use candle_core::Tensor;
 use rayon::ThreadPool;
 use shared::Result;
-use shared::data_loader::{EpochSampler, Order, Prefetcher, ViewSchedule, embedding_batch, normalized_batch};
-use shared::embedding::EmbeddingSet;
+use shared::data_loader::{
+    EpochSampler, LocalSchedule, Order, Prefetcher, ViewSchedule, normalized_batch, normalized_views,
+};
+use shared::distributed::World;
 use shared::shard::ShardSet;
+use shared::transforms::View;
 use shared::transforms::normalize::Normalization;
 
-use crate::step::Batch;
+use crate::step::{Batch, batch_shuffle};
+use crate::teachers::Teachers;
 
 /// Threads that make batches; one normalises several thousand plain views of 224 x 224 a second.
 const WORKERS: usize = 2;
@@ -22,14 +27,35 @@ const BATCHES_AHEAD: usize = 2;
 #[derive(Debug)]
 pub struct Batches {
     shards: ShardSet,
-    embeddings: Option<EmbeddingSet>,
+    teachers: Option<Teachers>,
+    seed: u64,
     sampler: EpochSampler,
     views: ViewSchedule,
+    /// None unless the method sees local views.
+    locals: Option<LocalSchedule>,
     /// Threads that decode or redraw the views of a batch, besides those that train: the system shares the cores between them, so
     /// that no step waits behind an image. None for plain views.
     makers: Option<ThreadPool>,
     /// The orders of the epochs that the workers are in.
     orders: Mutex<BTreeMap<u64, Arc<Vec<usize>>>>,
+    /// Whose share is made.
+    world: World,
+    /// Whether the shares of several ranks have the key's views of the shuffled batch as well.
+    shuffle_keys: bool,
+}
+
+/// Which views a step, or a rank's share of it, sees: pairs of a sample's index and a view.
+struct Rows {
+    sample_ids: Vec<u64>,
+    /// The query's and the key's.
+    views: [Vec<(usize, usize)>; 2],
+    shuffled_keys: Option<Vec<(usize, usize)>>,
+}
+
+impl Rows {
+    fn all(&self) -> impl Iterator<Item = &Vec<(usize, usize)>> {
+        self.views.iter().chain(&self.shuffled_keys)
+    }
 }
 
 impl Batches {
@@ -40,7 +66,7 @@ impl Batches {
     /// or the system refuses the threads that make views.
     pub fn new(
         shards: ShardSet,
-        embeddings: Option<EmbeddingSet>,
+        teachers: Option<Teachers>,
         batch_size: usize,
         seed: u64,
         order: Order,
@@ -54,7 +80,34 @@ impl Batches {
                 .build()
                 .map_err(|e| shared::Error::invalid(format!("cannot start threads that make views: {e}"), ""))
         });
-        Ok(Self { shards, embeddings, sampler, views, makers: makers.transpose()?, orders: Mutex::default() })
+        Ok(Self {
+            shards,
+            teachers,
+            seed,
+            sampler,
+            views,
+            makers: makers.transpose()?,
+            orders: Mutex::default(),
+            world: World::alone(),
+            shuffle_keys: false,
+            locals: None,
+        })
+    }
+
+    /// Makes this rank's share of every batch, the rows `[r * B / R, (r + 1) * B / R)` of the same global batch. With `shuffle_keys` it
+    /// has the key's views of that share of the shuffled batch, too: their images are read here, not sent.
+    #[must_use]
+    pub fn shared_out(self, world: &World, shuffle_keys: bool) -> Self {
+        Self { world: world.clone(), shuffle_keys, ..self }
+    }
+
+    /// The same batches with the local views of the set, if it has any: for methods that see them.
+    ///
+    /// # Errors
+    /// As [`LocalSchedule::new`].
+    pub fn with_local_views(self) -> Result<Self> {
+        let schedule = LocalSchedule::new(self.shards.views(), self.shards.local_views(), self.seed)?;
+        Ok(Self { locals: (schedule.hand_size() > 0).then_some(schedule), ..self })
     }
 
     /// Whole batches in an epoch.
@@ -67,38 +120,71 @@ impl Batches {
         &self.shards
     }
 
-    /// The batch of a step, counted from 0 over the whole run.
+    /// The batch of a step, counted from 0 over the whole run, or this rank's share of it.
     ///
     /// # Errors
     /// [`shared::Error::Tensor`] when memory cannot become a tensor.
     pub fn batch(&self, step: u64) -> Result<Batch> {
-        let (sample_ids, [query_rows, key_rows]) = self.rows(step);
-        let teacher = match &self.embeddings {
-            Some(embeddings) => {
-                Some([embedding_batch(embeddings, &query_rows)?, embedding_batch(embeddings, &key_rows)?])
+        let Rows { sample_ids, views: [query_rows, key_rows], shuffled_keys } = self.rows(step);
+        let teacher = match &self.teachers {
+            Some(teachers) => {
+                let targets = |rows: &[(usize, usize)]| teachers.batch(rows, self.seed, step);
+                Some([targets(&query_rows)?, targets(&key_rows)?])
             }
             None => None,
         };
         let views = |rows: &[(usize, usize)]| normalized_batch(&self.shards, rows, Normalization::Imagenet);
-        let both = || Ok::<_, shared::Error>([views(&query_rows)?, views(&key_rows)?]);
-        let views = self.makers.as_ref().map_or_else(both, |makers| makers.install(both))?;
-        Ok(Batch { step, sample_ids, views, teacher })
+        let all = || {
+            let shuffled_keys = shuffled_keys.as_deref().map(views).transpose()?;
+            Ok::<_, shared::Error>(([views(&query_rows)?, views(&key_rows)?], shuffled_keys, self.local_views(step)?))
+        };
+        let (views, shuffled_keys, locals) = self.makers.as_ref().map_or_else(all, |makers| makers.install(all))?;
+        let epoch = step / self.steps_per_epoch();
+        Ok(Batch { step, epoch, sample_ids, views, locals, teacher, shuffled_keys })
     }
 
-    /// The samples of a step, and the view of each that is the query and the one that is the key.
-    fn rows(&self, step: u64) -> (Vec<u64>, [Vec<(usize, usize)>; 2]) {
+    /// `(B, L, h, w, 3)`: the local views of a step.
+    fn local_views(&self, step: u64) -> Result<Option<Tensor>> {
+        let Some(schedule) = &self.locals else { return Ok(None) };
+        let flat = normalized_views(&self.shards, &self.local_rows(step), Normalization::Imagenet)?;
+        let (rows, height, width, channels) = flat.dims4()?;
+        let count = schedule.hand_size();
+        Ok(Some(flat.reshape((rows / count, count, height, width, channels))?))
+    }
+
+    /// The local views of this rank's share of a step, those of one sample together.
+    fn local_rows(&self, step: u64) -> Vec<(usize, View)> {
+        let Some(schedule) = &self.locals else { return Vec::new() };
         let (epoch, position) = (step / self.steps_per_epoch(), step % self.steps_per_epoch());
         let order = self.order(epoch);
         let samples = self.sampler.batch(&order, position);
-        let sample_ids: Vec<u64> = samples.iter().map(|&index| self.shards.sample_id(index)).collect();
-        let pairs: Vec<[usize; 2]> = sample_ids.iter().map(|&id| self.views.pair(id, epoch)).collect();
-        let rows = [0, 1].map(|view| samples.iter().zip(&pairs).map(|(&index, pair)| (index, pair[view])).collect());
-        (sample_ids, rows)
+        let hand = |index: usize| schedule.hand(self.shards.sample_id(index), epoch);
+        let views = |&index: &usize| hand(index).into_iter().map(move |view| (index, View::Local(view)));
+        samples[self.world.share(samples.len())].iter().flat_map(views).collect()
+    }
+
+    /// The samples of a step, and the view of each that is the query and the one that is the key.
+    fn rows(&self, step: u64) -> Rows {
+        let (epoch, position) = (step / self.steps_per_epoch(), step % self.steps_per_epoch());
+        let order = self.order(epoch);
+        let samples = self.sampler.batch(&order, position);
+        let views = |index: usize| {
+            let id = self.shards.sample_id(index);
+            (id, self.views.pair(id, epoch).map(|view| (index, view)))
+        };
+        let share = self.world.share(samples.len());
+        let (sample_ids, pairs): (Vec<u64>, Vec<_>) = samples[share.clone()].iter().map(|&index| views(index)).unzip();
+        let shuffled_keys = (self.shuffle_keys && !self.world.is_alone()).then(|| {
+            let shuffle = batch_shuffle(samples.len(), self.seed, step);
+            shuffle[share].iter().map(|&row| views(samples[row as usize]).1[1]).collect()
+        });
+        Rows { sample_ids, views: [0, 1].map(|view| pairs.iter().map(|pair| pair[view]).collect()), shuffled_keys }
     }
 
     /// Asks the disk for what a step is going to read.
     fn will_need(&self, step: u64) -> Result<()> {
-        self.rows(step).1.iter().try_for_each(|rows| self.shards.will_need(rows))
+        self.rows(step).all().try_for_each(|rows| self.shards.will_need(rows))?;
+        self.shards.will_need_views(&self.local_rows(step))
     }
 
     /// Makes the batches of a range of steps on threads of their own.

@@ -4,12 +4,14 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 use shared::checkpoint::Checkpoint;
+use shared::distributed::World;
 use shared::models::Encoder;
 use shared::optim::{Optimizer, average_update, clip_gradients, gradient_norm};
 use shared::rng::KeyedRng;
 use shared::run::{AVERAGE_PREFIX, Losses, QUERY_PREFIX, prefixed};
 use shared::{Error, Fault, Result};
 
+use crate::averaging::average;
 use crate::config::Config;
 use crate::distillation::Distillation;
 use crate::method::{Counters, Method, StepInput};
@@ -18,17 +20,23 @@ use crate::trainable::{GradientSum, Trainable};
 /// The name of the student among what learns.
 pub const QUERY_NAME: &str = "query";
 
-/// What a step sees.
+/// What a step sees: the whole batch, or a rank's share of it.
 #[derive(Debug)]
 pub struct Batch {
     /// The step, counted from 0 over the whole run.
     pub step: u64,
+    /// Its epoch, counted from 0.
+    pub epoch: u64,
     /// Who the samples are, for messages.
     pub sample_ids: Vec<u64>,
     /// Two global views, `(B, H, W, 3)` f32, normalised: the query's and the key's.
     pub views: [Tensor; 2],
+    /// Small views, `(B, L, h, w, 3)` f32, normalised: for methods of many crops, from sets that have them.
+    pub locals: Option<Tensor>,
     /// The teacher's embeddings of the two views, `(B, D)` f32 each.
     pub teacher: Option<[Tensor; 2]>,
+    /// A rank's share of the key's views in the shuffled order of the whole batch; none for a single process, which has them all.
+    pub shuffled_keys: Option<Tensor>,
 }
 
 /// A student whose parameters are a moving average of the query encoder's.
@@ -49,6 +57,7 @@ pub struct TrainingState {
     average: Option<Average>,
     bn_groups: usize,
     accumulate: usize,
+    world: World,
 }
 
 impl TrainingState {
@@ -74,12 +83,19 @@ impl TrainingState {
             average: average.transpose()?,
             query,
             method,
-            distillation: config.distillation.as_ref().map(Distillation::new),
+            distillation: Distillation::new(config)?,
             optimizer: Optimizer::new(optimisation.optimizer()),
             clip_norm: optimisation.clip_norm,
             bn_groups: config.bn_groups,
             accumulate: config.accumulate,
+            world: World::alone(),
         })
+    }
+
+    /// The same state, one of the equal states of ranks that train together: each step takes a share of a batch.
+    #[must_use]
+    pub fn in_world(self, world: World) -> Self {
+        Self { world, ..self }
     }
 
     /// The encoder that learns.
@@ -90,6 +106,11 @@ impl TrainingState {
     /// The encoder that the run exports and that is evaluated: the moving average where there is one.
     pub fn student(&self) -> &Encoder {
         self.average.as_ref().map_or(&self.query, |average| &average.student)
+    }
+
+    /// What the teacher adds to the loss, if there is one.
+    pub fn distillation(&self) -> Option<&Distillation> {
+        self.distillation.as_ref()
     }
 
     /// The self-supervised method.
@@ -122,15 +143,15 @@ impl TrainingState {
 
     /// Makes one step and returns the losses that it minimised.
     ///
-    /// In this order: the method's forward and backward passes with the teacher's terms, clipping, descent, the average of the
-    /// student, what the method does after a step.
+    /// In this order: the method's forward and backward passes with the teacher's terms, means over the ranks, clipping, descent,
+    /// the average of the student, what method and distillation do after a step.
     ///
     /// # Shapes
-    /// - `shuffle`: a permutation of `0..B`, see [`batch_shuffle`]
+    /// - `shuffle`: a permutation of `0..B`, all ranks' rows, see [`batch_shuffle`]
     ///
     /// # Errors
-    /// [`Error::Invalid`] when the loss, a clipped gradient or a parameter is not finite: the state must not be saved then;
-    /// [`Error::Shape`] when the batch does not fit.
+    /// [`Error::Invalid`] when the loss, a clipped gradient or a parameter is not finite, for a loss with the samples of the first
+    /// rank where it happened: the state must not be saved then; [`Error::Shape`] when the batch does not fit.
     pub fn step(&mut self, batch: &Batch, shuffle: &[u32], lr: f64) -> Result<Losses> {
         let mut gradients = GradientSum::new(self.trainables());
         let input = StepInput {
@@ -138,12 +159,19 @@ impl TrainingState {
             distillation: self.distillation.as_ref(),
             batch,
             shuffle,
-            bn_groups: self.bn_groups,
+            bn_groups: self.bn_groups / self.world.size(),
             accumulate: self.accumulate,
+            world: &self.world,
         };
-        let mut losses = self.method.gradients(&input, &mut gradients)?;
+        let own = self.method.gradients(&input, &mut gradients)?;
+        let mut losses = own.clone();
+        let mut networks: Vec<_> = self.trainables().into_iter().map(|trainable| trainable.store).collect();
+        networks.extend(self.method.followers());
+        average(&self.world, &mut losses, &mut gradients, &networks)?;
         if !losses.loss.is_finite() {
-            return Err(not_finite(&format!("the loss became {}", losses.loss), &losses, batch));
+            let stop = |losses: &Losses| not_finite(&format!("the loss became {}", losses.loss), losses, batch);
+            self.world.agree(if own.loss.is_finite() { Ok(()) } else { Err(stop(&own)) })?;
+            return Err(stop(&losses));
         }
         if let Some(limit) = self.clip_norm {
             let norm = gradient_norm(gradients.iter().map(|(_, gradients)| gradients))?;
@@ -166,6 +194,9 @@ impl TrainingState {
             average_update(student.store(), self.query.store(), *decay)?;
         }
         self.method.after_step()?;
+        if let Some(distillation) = &mut self.distillation {
+            distillation.after_step(batch)?;
+        }
         Ok(losses)
     }
 
@@ -182,6 +213,9 @@ impl TrainingState {
             let average = average.student.store().to_tensors()?;
             tensors.extend(average.into_iter().map(|(name, tensor)| (format!("{AVERAGE_PREFIX}{name}"), tensor)));
         }
+        if let Some(distillation) = &self.distillation {
+            tensors.extend(distillation.to_tensors()?);
+        }
         for Trainable { name: network, store } in self.trainables() {
             let prefix = self.optimizer.prefix(network);
             let state = self.optimizer.to_tensors(network, &store)?;
@@ -192,7 +226,9 @@ impl TrainingState {
 
     /// All numbers of a checkpoint.
     pub fn counters(&self) -> Counters {
-        self.method.counters()
+        let mut counters = self.method.counters();
+        counters.extend(self.distillation.iter().flat_map(Distillation::counters));
+        counters
     }
 
     /// Takes everything from a checkpoint.
@@ -205,6 +241,9 @@ impl TrainingState {
         self.method.load(file, counters)?;
         if let Some(average) = &self.average {
             average.student.store().load(&prefixed(file, AVERAGE_PREFIX)?)?;
+        }
+        if let Some(distillation) = &mut self.distillation {
+            distillation.load(file, counters)?;
         }
         for Trainable { name: network, store } in self.trainables() {
             let tensors = prefixed(file, &self.optimizer.prefix(network))?;

@@ -42,6 +42,15 @@ impl GradientSum {
         Ok(())
     }
 
+    /// Drops the gradients of a network, which then stays as it is, momentum and weight decay included.
+    pub fn drop_gradients(&mut self, name: &str) {
+        for (trainable, sum) in self.trainables.iter().zip(&mut self.sums) {
+            if trainable.name == name {
+                *sum = Gradients::default();
+            }
+        }
+    }
+
     /// Every network with its gradients.
     pub fn iter(&self) -> impl Iterator<Item = (&Trainable, &Gradients)> {
         self.trainables.iter().zip(&self.sums)

@@ -13,6 +13,9 @@ use shared::weights::names::{LeftOver, Method, Recognised, fit, recognise};
 use shared::weights::{Checkpoint, Entry};
 use shared::{Error, Result};
 
+/// What the names of prototypes begin with, which stand beside the head in checkpoints of `SwAV` and belong to no encoder.
+const PROTOTYPES: &str = "prototypes";
+
 /// A checkpoint that holds a whole backbone; its numbers are read when they are asked for.
 #[derive(Debug)]
 pub struct Weights {
@@ -124,18 +127,16 @@ impl Weights {
         let names = self.head_names(wanted)?;
         let fits = names.iter().all(|(name, shape)| self.shape_of(name) == Some(shape));
         let own = |entry: &&Entry| {
-            entry.name().strip_prefix(self.prefix()).is_some_and(|name| !Encoder::is_backbone_tensor(name))
+            let own = entry.name().strip_prefix(self.prefix());
+            own.is_some_and(|name| !Encoder::is_backbone_tensor(name) && !name.starts_with(PROTOTYPES))
         };
         if fits && self.checkpoint.entries().iter().filter(own).count() == names.len() {
             return Ok(());
         }
-        let HeadConfig { hidden, embedding_dim } = wanted;
         Err(Error::invalid(
-            format!(
-                "`{}` has no projection head of {hidden} hidden and {embedding_dim} final features",
-                self.path.display()
-            ),
-            "leave `--init-head` out to draw a head, or give the head's widths by `--head-hidden` and `--embedding-dim`",
+            format!("`{}` has no projection head of {wanted}", self.path.display()),
+            "leave `--init-head` out to draw a head, or give the head that it has by `--method`, `--head-hidden` and \
+             `--embedding-dim`",
         ))
     }
 

@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use shared::io::hash_file;
 use shared::manifest::Input;
-use shared::models::{Arch, Encoder, MlpHead};
+use shared::models::{Arch, Encoder, HeadKind, MlpHead};
 use shared::ops::{self, Engine, Mode, Pass};
 use shared::run::Run;
 use shared::weights::names::{Method, Recognised, fit, recognise};
@@ -67,7 +67,7 @@ impl Teacher {
         run.check_hash(&run.details().checkpoint)?;
         let encoder = run.query_encoder()?;
         let head = encoder.head();
-        let known = (encoder.arch(), Method::MocoV2);
+        let known = (encoder.arch(), method_of(run.details().head));
         let asked = (arch.unwrap_or(known.0), method.unwrap_or(known.1));
         if asked != known && asked != (known.0, Method::Backbone) {
             return Err(Error::invalid(
@@ -76,8 +76,8 @@ impl Teacher {
             ));
         }
         let (output, embedding_dim) = match (asked.1, head) {
-            (Method::MocoV2, Some(head)) => (Output::OwnHead, head.embedding_dim),
-            _ => (Output::Features, asked.0.feature_width()),
+            (Method::Backbone, _) | (_, None) => (Output::Features, asked.0.feature_width()),
+            (_, Some(head)) => (Output::OwnHead, head.embedding_dim),
         };
         let details = run.details();
         let source = json!({ "objective": details.objective, "checkpoint": details.checkpoint });
@@ -166,6 +166,15 @@ impl Teacher {
             format!("the teacher of `{}` gives embeddings without a direction", self.input.path),
             "its weights hold zeros only or numbers that are not finite: check the checkpoint",
         )
+    }
+}
+
+/// The method whose head a run has.
+fn method_of(head: HeadKind) -> Method {
+    match head {
+        HeadKind::Linear => Method::MocoV1,
+        HeadKind::Mlp => Method::MocoV2,
+        HeadKind::MlpBatchNorm => Method::Swav,
     }
 }
 

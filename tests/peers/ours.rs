@@ -147,9 +147,12 @@ fn disco_row(arch: Arch, args: &Args) -> Result<Row> {
     let key_view = images(args, query_view.elem_count())?;
     let mut batch = Batch {
         step: 0,
+        epoch: 0,
         sample_ids: (0..u64::from(args.batch)).collect(),
         views: [query_view, key_view],
+        locals: None,
         teacher: Some([teacher(SEED + 1)?, teacher(SEED + 2)?]),
+        shuffled_keys: None,
     };
     let step = move || {
         let shuffle = batch_shuffle(batch_size, SEED, batch.step);

@@ -16,22 +16,34 @@ thread_local! {
     static READER: RefCell<ViewReader> = RefCell::default();
 }
 
-/// Gathers global views as one normalised batch.
+/// Gathers global views as one normalised batch: see [`normalized_views`].
+///
+/// # Errors
+/// As [`normalized_views`].
+///
+/// # Panics
+/// When an index or a view is out of range.
+pub fn normalized_batch(shards: &ShardSet, rows: &[(usize, usize)], normalization: Normalization) -> Result<Tensor> {
+    let rows: Vec<(usize, View)> = rows.iter().map(|&(index, view)| (index, View::Global(view))).collect();
+    normalized_views(shards, &rows, normalization)
+}
+
+/// Gathers views of one size as one normalised batch.
 ///
 /// Views that are decoded or redrawn are made by the threads of the current pool, a few views of consecutive rows at a time. Plain
 /// views are copied by the calling thread.
 ///
 /// # Shapes
-/// - `rows`: `B` pairs of a sample's index and a view
-/// - returns: `(B, H, W, 3)` f32, normalised as the network expects them
+/// - `rows`: `B` pairs of a sample's index and a view, all global or all local
+/// - returns: `(B, H, W, 3)` or `(B, h, w, 3)` f32, normalised as the network expects them
 ///
 /// # Errors
 /// As [`ViewReader::read`]; [`crate::Error::Tensor`] when the memory cannot become a tensor.
 ///
 /// # Panics
 /// When an index or a view is out of range.
-pub fn normalized_batch(shards: &ShardSet, rows: &[(usize, usize)], normalization: Normalization) -> Result<Tensor> {
-    let (height, width) = (shards.height(), shards.width());
+pub fn normalized_views(shards: &ShardSet, rows: &[(usize, View)], normalization: Normalization) -> Result<Tensor> {
+    let (height, width) = shards.view_size(rows.first().map_or(View::Global(0), |row| row.1));
     let length = (height * width * 3).max(1);
     let mut values = vec![0f32; rows.len() * height * width * 3];
     if shards.makes_views() {
@@ -53,13 +65,13 @@ const RUNS_PER_THREAD: usize = 4;
 fn write_rows(
     reader: &mut ViewReader,
     shards: &ShardSet,
-    rows: &[(usize, usize)],
+    rows: &[(usize, View)],
     normalization: Normalization,
     values: &mut [f32],
 ) -> Result<()> {
-    let length = shards.height() * shards.width() * 3;
-    for (&(index, view), row) in rows.iter().zip(values.chunks_exact_mut(length.max(1))) {
-        normalization.write(reader.read(shards, index, View::Global(view))?, row);
+    let length = (values.len() / rows.len().max(1)).max(1);
+    for (&(index, view), row) in rows.iter().zip(values.chunks_exact_mut(length)) {
+        normalization.write(reader.read(shards, index, view)?, row);
     }
     Ok(())
 }

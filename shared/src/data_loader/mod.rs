@@ -4,11 +4,13 @@
 //! memory, which becomes the tensor.
 
 mod batch;
+mod local_schedule;
 mod order;
 mod prefetch;
 mod sampler;
 
-pub use batch::{embedding_batch, normalized_batch};
+pub use batch::{embedding_batch, normalized_batch, normalized_views};
+pub use local_schedule::LocalSchedule;
 pub use order::{Order, RUN_SAMPLES, WINDOW_RUNS, quasi_order};
 pub use prefetch::Prefetcher;
 pub use sampler::{EpochSampler, ViewSchedule};

@@ -1,4 +1,5 @@
-//! The two terms of the objective: contrast against a queue, and agreement with the teacher.
+//! The terms of objectives: contrast against a queue, agreement with the teacher of several kinds, prediction of cluster
+//! assignments.
 //!
 //! The total of DisCo, as this project computes it, is
 //! `info_nce(q, k, queue) + distill_weight * (distillation(s_q, t_q) + distillation(s_k, t_k))` with `distill_weight` 32 by
@@ -8,6 +9,14 @@
 
 mod distillation;
 mod info_nce;
+mod relational;
+mod seed;
+mod sinkhorn;
+mod soft_cross_entropy;
 
 pub use distillation::distillation;
 pub use info_nce::{InfoNce, info_nce};
+pub use relational::{rkd_angle, rkd_distance};
+pub use seed::seed;
+pub use sinkhorn::sinkhorn;
+pub use soft_cross_entropy::soft_cross_entropy;

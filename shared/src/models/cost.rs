@@ -5,7 +5,7 @@ use candle_core::Device;
 use super::{Arch, Backbone, VitOptions};
 use crate::Result;
 use crate::ops::{
-    Activation, BiasedConv, Builder, Conv2d, ConvBn, FOURIER_CHANNELS, Interpreter, LayerNorm, Linear,
+    Activation, BatchNorm, BiasedConv, Builder, Conv2d, ConvBn, FOURIER_CHANNELS, Interpreter, LayerNorm, Linear,
     LocalPatchInteraction, Parameter, PatchEmbedding, Shape, SqueezeExcite,
 };
 
@@ -85,6 +85,10 @@ impl Interpreter for Counter {
     fn linear(&mut self, xs: &Shape, params: &Linear, _: Activation) -> Result<Shape> {
         self.add(xs.positions() * params.weight.var().elem_count());
         xs.mapped(params)
+    }
+
+    fn batch_norm_rows(&mut self, xs: &Shape, _: &BatchNorm, _: Activation) -> Result<Shape> {
+        Ok(*xs)
     }
 
     fn squeeze_excite(&mut self, xs: &Shape, params: &SqueezeExcite) -> Result<Shape> {

@@ -1,7 +1,7 @@
 //! A frozen projection head of any depth: linear layers, batch norms and activations over rows of features.
 //!
 //! The heads of teachers differ from method to method; [`MlpConfig`] says what one is made of, under the names of its file.
-//! Students have the one head of [`super::HeadConfig`].
+//! Students learn with those of [`super::HeadConfig`].
 
 use std::collections::BTreeMap;
 use std::fmt;

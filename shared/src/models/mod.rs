@@ -6,6 +6,7 @@
 mod arch;
 mod cost;
 mod efficientnet;
+mod head;
 mod inverted_residual;
 mod mlp_head;
 mod mobilenet_v3;
@@ -14,29 +15,19 @@ mod vit;
 mod xcit;
 
 use candle_core::{Device, Tensor};
-use serde::{Deserialize, Serialize};
 
 pub use self::arch::Arch;
 pub use self::cost::{Cost, cost};
 use self::efficientnet::{EfficientNet, Scaling};
+pub use self::head::{HeadConfig, HeadKind};
 pub use self::mlp_head::{MlpConfig, MlpHead, MlpLayer};
 use self::mobilenet_v3::MobileNetV3;
 use self::resnet::ResNet;
 use self::vit::Vit;
 pub use self::vit::VitOptions;
 use self::xcit::Xcit;
-use crate::ops::{self, Activation, Builder, Engine, Interpreter, Mode, ParameterStore, Pass, ProjectionHead};
+use crate::ops::{self, Builder, Engine, Interpreter, Mode, ParameterStore, Pass, ProjectionHead};
 use crate::{Error, Result};
-
-/// The widths of a projection head: linear, `ReLU`, linear, named `fc.0` and `fc.2` as `MoCo` v2's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct HeadConfig {
-    /// Between the two layers.
-    pub hidden: usize,
-    /// `D`.
-    pub embedding_dim: usize,
-}
 
 /// The names and file shapes of all tensors of a model, in order, without making it: to recognise a checkpoint.
 ///
@@ -105,13 +96,7 @@ struct Layers {
 impl Layers {
     fn new(builder: &mut Builder, arch: Arch, head: Option<HeadConfig>, vit: VitOptions) -> Result<Self> {
         let backbone = Backbone::new(builder, arch, vit)?;
-        let head = match head {
-            Some(config) => Some(ProjectionHead {
-                hidden: builder.linear("fc.0", arch.feature_width(), config.hidden)?,
-                output: builder.linear("fc.2", config.hidden, config.embedding_dim)?,
-            }),
-            None => None,
-        };
+        let head = head.map(|config| config.declare(builder, arch.feature_width())).transpose()?;
         Ok(Self { backbone, head })
     }
 
@@ -141,7 +126,7 @@ pub struct Outputs {
 /// use shared::models::{Arch, Encoder, HeadConfig};
 /// use shared::ops::Mode;
 ///
-/// let encoder = Encoder::new(Arch::ResNet18, Some(HeadConfig { hidden: 64, embedding_dim: 16 }), 7)?;
+/// let encoder = Encoder::new(Arch::ResNet18, Some(HeadConfig::mlp(64, 16)), 7)?;
 /// let xs = Tensor::zeros((2, 32, 32, 3), DType::F32, &Device::Cpu)?;
 /// assert_eq!(encoder.features(&xs, Mode::Eval)?.dims(), [2, 512]);
 /// assert_eq!(encoder.embeddings(&xs, Mode::Eval)?.dims(), [2, 16]);
@@ -216,7 +201,7 @@ impl Encoder {
         self.arch
     }
 
-    /// The widths of the head, if there is one.
+    /// The head, if there is one.
     pub fn head(&self) -> Option<HeadConfig> {
         self.head
     }
@@ -238,7 +223,7 @@ impl Encoder {
 
     /// The names of the tensors that are not the head's: what an exported student holds.
     pub fn is_backbone_tensor(name: &str) -> bool {
-        !name.starts_with("fc.")
+        !HeadKind::NAMES.iter().any(|head| name.starts_with(head))
     }
 
     /// Pooled features, before the head.
@@ -263,10 +248,19 @@ impl Encoder {
     /// # Errors
     /// As [`Encoder::embeddings`].
     pub fn outputs(&self, xs: &Tensor, mode: Mode) -> Result<Outputs> {
-        let head = self.layers.head()?;
-        let mut pass = self.pass(mode);
-        let features = self.layers.backbone.forward(&mut pass, xs)?;
-        let projections = ops::projection_head(&features, head, &pass)?;
+        self.outputs_of(self.features(xs, mode)?, mode)
+    }
+
+    /// As [`Encoder::outputs`], from features that [`Encoder::features`] made in the same mode: of views of several sizes, say.
+    ///
+    /// # Shapes
+    /// - `features`: `(B, F)` f32
+    ///
+    /// # Errors
+    /// As [`Encoder::embeddings`].
+    pub fn outputs_of(&self, features: Tensor, mode: Mode) -> Result<Outputs> {
+        let pass = self.pass(mode);
+        let projections = ops::projection_head(&features, self.layers.head()?, &pass)?;
         let embeddings = ops::l2_normalise(&projections, &pass)?;
         Ok(Outputs { features, projections, embeddings })
     }
@@ -311,9 +305,7 @@ impl Encoder {
     /// # Errors
     /// `Error::Invalid` when the encoder has no head; what the interpreter meets.
     pub fn interpret_head<I: Interpreter>(&self, run: &mut I, features: &I::Value) -> Result<I::Value> {
-        let head = self.layers.head()?;
-        let hidden = run.linear(features, &head.hidden, Activation::Relu)?;
-        run.linear(&hidden, &head.output, Activation::Identity)
+        run.projection_head(features, self.layers.head()?)
     }
 
     fn pass(&self, mode: Mode) -> Pass {

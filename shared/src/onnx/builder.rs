@@ -148,7 +148,7 @@ impl<'a> GraphBuilder<'a> {
         Ok(Edge { name, shape, layout: Layout::ChannelsFirst })
     }
 
-    /// A batch norm with its running statistics, over `(B, C, H, W)`.
+    /// A batch norm with its running statistics, over `(B, C, H, W)` or `(B, C)`.
     pub(super) fn batch_norm(&mut self, xs: &Edge, params: &BatchNorm) -> Result<Edge> {
         let mut inputs = vec![xs.name.clone()];
         for parameter in [&params.weight, &params.bias, &params.running_mean, &params.running_var] {

@@ -3,8 +3,8 @@
 use super::builder::{Edge, GraphBuilder, Layout, float, integer, integers, layer_name};
 use crate::Result;
 use crate::ops::{
-    Activation, ConvBn, Gate, Interpreter, LayerNorm, Linear, LocalPatchInteraction, Parameter, PatchEmbedding, Shape,
-    SqueezeExcite,
+    Activation, BatchNorm, ConvBn, Gate, Interpreter, LayerNorm, Linear, LocalPatchInteraction, Parameter,
+    PatchEmbedding, Shape, SqueezeExcite,
 };
 
 impl GraphBuilder<'_> {
@@ -57,6 +57,11 @@ impl Interpreter for GraphBuilder<'_> {
             _ => return Err(xs.shape.error("linear", format!("{:?} for a weight {dims:?}", xs.layout))),
         };
         Ok(self.activation(Edge { name, shape, layout: xs.layout }, act))
+    }
+
+    fn batch_norm_rows(&mut self, xs: &Edge, params: &BatchNorm, act: Activation) -> Result<Edge> {
+        let normed = self.batch_norm(xs, params)?;
+        Ok(self.activation(normed, act))
     }
 
     fn squeeze_excite(&mut self, xs: &Edge, params: &SqueezeExcite) -> Result<Edge> {

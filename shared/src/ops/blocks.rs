@@ -3,7 +3,10 @@
 use candle_core::Tensor;
 
 use super::interpreter::composed;
-use super::parameter::{Activation, BasicBlock, Bottleneck, ConvBn, Linear, MbConv, ProjectionHead, Stem};
+use super::parameter::{
+    Activation, BasicBlock, BatchNorm, Bottleneck, ConvBn, Linear, MbConv, Parameter, ProjectionHead, Stem,
+};
+use super::update::same_shape;
 use super::{Engine, Pass, cpu, reference, shape_error};
 use crate::Result;
 
@@ -136,7 +139,43 @@ pub fn linear(xs: &Tensor, params: &Linear, act: Activation, pass: &Pass) -> Res
     }
 }
 
-/// The projection head: linear, `ReLU`, linear. Its rows are not of unit length yet.
+/// `xs weight`, row by row: a linear layer without bias.
+///
+/// # Shapes
+/// - `xs`: `(B, in)` f32
+/// - `weight`: `[in, out]`
+/// - returns: `(B, out)` f32
+///
+/// # Errors
+/// `Error::Shape` when `xs` has another width.
+pub fn linear_map(xs: &Tensor, weight: &Parameter, pass: &Pass) -> Result<Tensor> {
+    match pass.engine {
+        Engine::Reference => Ok(xs.matmul(&weight.value(pass.record))?),
+        Engine::Cpu => cpu::layers::linear_map(xs, weight, pass),
+    }
+}
+
+/// Batch norm over rows, activation.
+///
+/// Heads have few rows beside a backbone's pixels: every engine composes it of plain operations.
+///
+/// # Shapes
+/// - `xs`: `(B, C)` f32
+/// - returns: `(B, C)` f32
+///
+/// # Errors
+/// `Error::Shape` when `xs` has another width; `Error::Invalid` when the batch cannot be cut into the groups of `pass`.
+pub fn batch_norm_rows(xs: &Tensor, params: &BatchNorm, act: Activation, pass: &Pass) -> Result<Tensor> {
+    let channels = params.weight.var().elem_count();
+    let batch = match *xs.dims() {
+        [batch, width] if width == channels => batch,
+        _ => return Err(shape_error("batch_norm_rows", format!("(B, {channels})"), xs)),
+    };
+    let normed = reference::batch_norm(&xs.reshape((batch, 1, 1, channels))?, params, pass)?;
+    reference::activate(&normed.reshape((batch, channels))?, act)
+}
+
+/// The projection head. Its rows are not of unit length yet.
 ///
 /// # Shapes
 /// - `xs`: `(B, F)` f32
@@ -145,8 +184,7 @@ pub fn linear(xs: &Tensor, params: &Linear, act: Activation, pass: &Pass) -> Res
 /// # Errors
 /// `Error::Shape` when `xs` has another width.
 pub fn projection_head(xs: &Tensor, params: &ProjectionHead, pass: &Pass) -> Result<Tensor> {
-    let xs = linear(xs, &params.hidden, Activation::Relu, pass)?;
-    linear(&xs, &params.output, Activation::Identity, pass)
+    composed::projection_head(&mut pass.clone(), xs, params)
 }
 
 /// Rows divided by their L2 norm, or by 1e-12 where the norm is smaller.
@@ -188,5 +226,25 @@ pub fn info_nce(q: &Tensor, k: &Tensor, queue: &Tensor, temperature: f64, engine
     match engine {
         Engine::Reference => reference::info_nce(q, k, queue, temperature),
         Engine::Cpu => cpu::layers::info_nce(q, k, queue, temperature),
+    }
+}
+
+/// Cross entropy of `softmax(logits / temperature)` against weights of the classes, mean over the rows. Only `logits` gets a
+/// gradient. [`crate::losses::soft_cross_entropy`] is the documented loss.
+///
+/// # Shapes
+/// - `logits`, `targets`: `(B, P)` f32
+/// - returns: an f32 scalar
+///
+/// # Errors
+/// `Error::Shape` when the two do not fit together or are empty.
+pub fn soft_cross_entropy(logits: &Tensor, targets: &Tensor, temperature: f64, engine: Engine) -> Result<Tensor> {
+    if logits.rank() != 2 || logits.elem_count() == 0 {
+        return Err(shape_error("soft_cross_entropy logits", "(B, P)", logits));
+    }
+    same_shape("soft_cross_entropy targets", logits, targets)?;
+    match engine {
+        Engine::Reference => reference::soft_cross_entropy(logits, targets, temperature),
+        Engine::Cpu => cpu::layers::soft_cross_entropy(logits, targets, temperature),
     }
 }

@@ -5,7 +5,10 @@
 
 use candle_core::Tensor;
 
-use super::parameter::{Activation, BasicBlock, Bottleneck, ConvBn, Linear, MbConv, Parameter, SqueezeExcite, Stem};
+use super::parameter::{
+    Activation, BasicBlock, BatchNorm, Bottleneck, ConvBn, HiddenLayer, Linear, MbConv, Parameter, ProjectionHead,
+    SqueezeExcite, Stem,
+};
 use super::token_parameter::{
     Attention, AttentionBlock, ClassAttentionBlock, LayerNorm, LocalBlock, LocalPatchInteraction, MlpBlock,
     PatchEmbedding,
@@ -50,6 +53,12 @@ pub trait Interpreter {
     /// # Errors
     /// As [`crate::ops::linear`].
     fn linear(&mut self, xs: &Self::Value, params: &Linear, act: Activation) -> Result<Self::Value>;
+
+    /// Batch norm of rows, activation: [`crate::ops::batch_norm_rows`].
+    ///
+    /// # Errors
+    /// As [`crate::ops::batch_norm_rows`].
+    fn batch_norm_rows(&mut self, xs: &Self::Value, params: &BatchNorm, act: Activation) -> Result<Self::Value>;
 
     /// Each channel times a factor computed from the means of all: see [`SqueezeExcite`].
     ///
@@ -193,13 +202,21 @@ pub trait Interpreter {
     fn mb_conv(&mut self, xs: &Self::Value, params: &MbConv) -> Result<Self::Value> {
         composed::mb_conv(self, xs, params)
     }
+
+    /// The projection head: [`crate::ops::projection_head`].
+    ///
+    /// # Errors
+    /// As [`crate::ops::projection_head`].
+    fn projection_head(&mut self, xs: &Self::Value, params: &ProjectionHead) -> Result<Self::Value> {
+        composed::projection_head(self, xs, params)
+    }
 }
 
 /// Blocks out of primitive ones: what the whole blocks mean.
 pub(super) mod composed {
     use super::{
-        Activation, Attention, AttentionBlock, BasicBlock, Bottleneck, ClassAttentionBlock, ConvBn, Interpreter,
-        LocalBlock, MbConv, MlpBlock, Result,
+        Activation, Attention, AttentionBlock, BasicBlock, Bottleneck, ClassAttentionBlock, ConvBn, HiddenLayer,
+        Interpreter, LocalBlock, MbConv, MlpBlock, ProjectionHead, Result,
     };
 
     pub(in crate::ops) fn basic_block<I>(run: &mut I, xs: &I::Value, params: &BasicBlock) -> Result<I::Value>
@@ -297,6 +314,21 @@ pub(super) mod composed {
         run.replace_first_token(&doubled, &class)
     }
 
+    pub(in crate::ops) fn projection_head<I>(run: &mut I, xs: &I::Value, params: &ProjectionHead) -> Result<I::Value>
+    where
+        I: Interpreter + ?Sized,
+    {
+        let xs = match &params.hidden {
+            None => xs.clone(),
+            Some(HiddenLayer { linear, norm: None }) => run.linear(xs, linear, Activation::Relu)?,
+            Some(HiddenLayer { linear, norm: Some(norm) }) => {
+                let xs = run.linear(xs, linear, Activation::Identity)?;
+                run.batch_norm_rows(&xs, norm, Activation::Relu)?
+            }
+        };
+        run.linear(&xs, &params.output, Activation::Identity)
+    }
+
     fn shortcut<I>(run: &mut I, xs: &I::Value, downsample: Option<&ConvBn>) -> Result<I::Value>
     where
         I: Interpreter + ?Sized,
@@ -326,6 +358,10 @@ impl Interpreter for Pass {
 
     fn linear(&mut self, xs: &Tensor, params: &Linear, act: Activation) -> Result<Tensor> {
         blocks::linear(xs, params, act, self)
+    }
+
+    fn batch_norm_rows(&mut self, xs: &Tensor, params: &BatchNorm, act: Activation) -> Result<Tensor> {
+        blocks::batch_norm_rows(xs, params, act, self)
     }
 
     /// By itself, outside [`Interpreter::mb_conv`], it has no fused form.

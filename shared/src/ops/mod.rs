@@ -37,14 +37,14 @@ mod update;
 
 pub use allocator::{TensorAllocator, reserve_memory};
 pub use blocks::{
-    basic_block, bottleneck, conv_bn, global_average_pool, info_nce, l2_normalise, linear, max_pool, mb_conv,
-    projection_head, stem,
+    basic_block, batch_norm_rows, bottleneck, conv_bn, global_average_pool, info_nce, l2_normalise, linear, linear_map,
+    max_pool, mb_conv, projection_head, soft_cross_entropy, stem,
 };
 pub use interpreter::Interpreter;
 pub use isa::{Isa, force_isa, isa};
 pub use parameter::{
-    Activation, BasicBlock, BatchNorm, Bottleneck, Conv2d, ConvBn, Gate, Geometry, Init, Linear, MbConv, Padding,
-    Parameter, ProjectionHead, SqueezeExcite, Stem, WeightLayout,
+    Activation, BasicBlock, BatchNorm, Bottleneck, Conv2d, ConvBn, Gate, Geometry, HiddenLayer, Init, Linear, MbConv,
+    Padding, Parameter, ProjectionHead, SqueezeExcite, Stem, WeightLayout,
 };
 pub use positions::FOURIER_CHANNELS;
 pub(crate) use positions::{fourier as fourier_positions, resampled as resampled_positions};

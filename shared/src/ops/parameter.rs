@@ -344,11 +344,20 @@ pub struct Linear {
     pub bias: Parameter,
 }
 
-/// Linear, `ReLU`, linear.
+/// A linear layer, perhaps behind a hidden one.
 #[derive(Debug, Clone)]
 pub struct ProjectionHead {
     /// To the hidden width.
-    pub hidden: Linear,
+    pub hidden: Option<HiddenLayer>,
     /// To the embedding width.
     pub output: Linear,
+}
+
+/// Linear, perhaps batch norm, `ReLU`.
+#[derive(Debug, Clone)]
+pub struct HiddenLayer {
+    /// First.
+    pub linear: Linear,
+    /// Over the rows of the batch.
+    pub norm: Option<BatchNorm>,
 }

@@ -266,6 +266,19 @@ pub fn info_nce(q: &Tensor, k: &Tensor, queue: &Tensor, temperature: f64) -> Res
     Ok((loss, (correct.mean_all()? * 100.0)?))
 }
 
+/// See [`crate::ops::soft_cross_entropy`].
+///
+/// # Errors
+/// A tensor operation that fails.
+pub fn soft_cross_entropy(logits: &Tensor, targets: &Tensor, temperature: f64) -> Result<Tensor> {
+    let targets = targets.detach();
+    let logits = (logits / temperature)?;
+    let top = logits.detach().max_keepdim(1)?;
+    let shifted = logits.broadcast_sub(&top)?;
+    let log_softmax = shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(1)?.log()?)?;
+    Ok((targets * log_softmax)?.sum(1)?.mean(0)?.neg()?)
+}
+
 /// See [`crate::ops::descend_in_place`].
 ///
 /// # Errors

@@ -154,7 +154,7 @@ pub fn is_finite(values: &Tensor) -> Result<bool> {
     }
 }
 
-fn same_shape(op: &'static str, expected: &Tensor, got: &Tensor) -> Result<()> {
+pub(super) fn same_shape(op: &'static str, expected: &Tensor, got: &Tensor) -> Result<()> {
     if expected.dims() == got.dims() {
         return Ok(());
     }

@@ -215,11 +215,23 @@ impl ShardSet {
     /// # Panics
     /// When an index or a view is out of range.
     pub fn will_need(&self, rows: &[(usize, usize)]) -> Result<()> {
+        let rows: Vec<(usize, View)> = rows.iter().map(|&(index, view)| (index, View::Global(view))).collect();
+        self.will_need_views(&rows)
+    }
+
+    /// As [`ShardSet::will_need`], for views of any kind.
+    ///
+    /// # Errors
+    /// As [`ShardSet::will_need`].
+    ///
+    /// # Panics
+    /// When an index or a view is out of range.
+    pub fn will_need_views(&self, rows: &[(usize, View)]) -> Result<()> {
         let mut places = rows
             .iter()
             .map(|&(index, view)| {
                 let (shard, row) = self.locate(index);
-                let (tensor, range) = self.shards[shard].place(row, View::Global(view))?;
+                let (tensor, range) = self.shards[shard].place(row, view)?;
                 Ok((shard, tensor, range))
             })
             .collect::<Result<Vec<_>>>()?;

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use candle_core::{D, DType, Device, Tensor};
 use shared::Error;
 use shared::ops::{
-    self, Activation, BasicBlock, Bottleneck, Builder, ConvBn, Engine, Gate, Geometry, Linear, MbConv, Mode, Parameter,
-    ParameterStore, Pass, ProjectionHead, SqueezeExcite, Stem, reference,
+    self, Activation, BasicBlock, Bottleneck, Builder, ConvBn, Engine, Gate, Geometry, HiddenLayer, Linear, MbConv,
+    Mode, Parameter, ParameterStore, Pass, ProjectionHead, SqueezeExcite, Stem, reference,
 };
 
 use crate::support::{flat, normal};
@@ -194,7 +194,7 @@ impl Spec {
             Self::GlobalAveragePool { .. } => Block::GlobalAveragePool,
             Self::Linear { inputs, outputs, act } => Block::Linear(builder.linear("fc", inputs, outputs)?, act),
             Self::ProjectionHead { inputs, hidden, outputs } => Block::ProjectionHead(ProjectionHead {
-                hidden: builder.linear("fc.0", inputs, hidden)?,
+                hidden: Some(HiddenLayer { linear: builder.linear("fc.0", inputs, hidden)?, norm: None }),
                 output: builder.linear("fc.2", hidden, outputs)?,
             }),
             Self::L2Normalise { .. } => Block::L2Normalise,
@@ -263,7 +263,10 @@ impl Block {
                 Ok(())
             }
             Self::Linear(params, act) => walk.linear(xs, params, kinks(*act)).map(drop),
-            Self::ProjectionHead(params) => walk.linear(xs, &params.hidden, kinks(Activation::Relu)).map(drop),
+            Self::ProjectionHead(params) => {
+                let mut hidden = params.hidden.iter();
+                hidden.try_for_each(|hidden| walk.linear(xs, &hidden.linear, kinks(Activation::Relu)).map(drop))
+            }
             Self::MaxPool | Self::GlobalAveragePool | Self::L2Normalise | Self::InfoNce { .. } | Self::Token(_) => {
                 Ok(())
             }

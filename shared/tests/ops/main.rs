@@ -141,7 +141,7 @@ fn max_pool_sends_a_tie_to_the_first_pixel() -> TestResult {
 
 /// Three steps of the whole objective; returns every byte that could differ.
 fn three_steps(engine: Engine) -> Result<Vec<u32>, Error> {
-    let head = Some(HeadConfig { hidden: 96, embedding_dim: 16 });
+    let head = Some(HeadConfig::mlp(96, 16));
     let query = Encoder::new(Arch::ResNet18, head, 5)?.with_engine(engine);
     let key = query.momentum_copy()?;
     let mut sgd = optim::Optimizer::new(optim::OptimizerConfig::sgd(0.9, 1e-4));
@@ -192,7 +192,7 @@ fn whole_steps_agree_with_the_reference() -> TestResult {
 
 #[test]
 fn loss_falls_on_a_toy_batch() -> TestResult {
-    let head = Some(HeadConfig { hidden: 64, embedding_dim: 8 });
+    let head = Some(HeadConfig::mlp(64, 8));
     let student = Encoder::new(Arch::ResNet18, head, 1)?;
     let eval = Pass { mode: Mode::Eval, record: false, engine: Engine::Cpu };
     let teacher = ops::l2_normalise(&wave(&[8, 8], 1.9), &eval)?;

@@ -1,20 +1,24 @@
 //! Validated settings: what decides the bytes of a run, and what only decides how it is carried out.
 
+mod distill_terms;
 mod distillation;
 mod method;
 mod optimisation;
 mod plan;
+mod time_limit;
 
 use serde::Serialize;
 use shared::data_loader::Order;
-use shared::models::{Arch, HeadConfig};
+use shared::models::{Arch, HeadConfig, HeadKind};
 use shared::run::Objective;
 use shared::{Error, Result};
 
-pub use self::distillation::DistillationConfig;
-pub use self::method::{MethodConfig, MethodName, MocoConfig};
+pub use self::distill_terms::{AskedTerm, DistillTerm, DistillTerms, DistillViews};
+pub use self::distillation::{DistillationConfig, Ensemble, SeedConfig, WeightedTerm};
+pub use self::method::{MethodConfig, MethodName, MocoConfig, SwavConfig};
 pub use self::optimisation::{CurveName, OptimisationConfig, OptimizerName};
 pub use self::plan::Plan;
+pub use self::time_limit::TimeLimit;
 use crate::args::Options;
 
 /// Samples that share batch-norm statistics unless told otherwise: those of one GPU in the official setting.
@@ -47,7 +51,8 @@ pub struct Config {
     /// The self-supervised method.
     #[serde(flatten)]
     pub method: MethodConfig,
-    /// Hidden width of the head.
+    /// Hidden width of the head; not named when it is 0, that of a linear head.
+    #[serde(skip_serializing_if = "is_zero")]
     pub head_hidden: usize,
     /// D.
     pub embedding_dim: usize,
@@ -70,6 +75,11 @@ fn is_one(number: &usize) -> bool {
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_zero(number: &usize) -> bool {
+    *number == 0
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
 fn is_random(order: &Order) -> bool {
     *order == Order::Random
 }
@@ -84,17 +94,21 @@ impl Config {
     pub fn new(objective: Objective, options: &Options, teacher_dim: Option<usize>) -> Result<Self> {
         let batch_size = options.batch_size.unwrap_or(DEFAULT_BATCH_SIZE);
         let epochs = options.epochs.unwrap_or(200);
-        let distillation = (objective == Objective::Distill).then(|| DistillationConfig::new(options)).transpose()?;
+        let method = MethodConfig::new(objective, options, batch_size)?;
+        let usual_hidden = if method.head_kind() == HeadKind::Linear { 0 } else { 2048 };
+        let usual_groups = method.usual_bn_groups().unwrap_or_else(|| default_bn_groups(batch_size));
+        let distillation = (objective == Objective::Distill).then(|| DistillationConfig::new(options, batch_size));
+        let distillation = distillation.transpose()?;
         let config = Self {
             objective,
             student: options.student.unwrap_or(Arch::ResNet18),
             epochs,
             batch_size,
             accumulate: options.accumulate.unwrap_or(1),
-            bn_groups: options.bn_groups.unwrap_or_else(|| default_bn_groups(batch_size)),
+            bn_groups: options.bn_groups.unwrap_or(usual_groups),
             optimisation: OptimisationConfig::new(options, epochs)?,
-            method: MethodConfig::new(objective, options, batch_size)?,
-            head_hidden: options.head_hidden.unwrap_or(2048),
+            method,
+            head_hidden: options.head_hidden.unwrap_or(usual_hidden),
             embedding_dim: embedding_dim(options.embedding_dim, teacher_dim)?,
             distillation,
             init_head: options.init_head.unwrap_or(false),
@@ -105,9 +119,9 @@ impl Config {
         Ok(config)
     }
 
-    /// The widths of the projection head.
+    /// The projection head.
     pub fn head(&self) -> HeadConfig {
-        HeadConfig { hidden: self.head_hidden, embedding_dim: self.embedding_dim }
+        HeadConfig { kind: self.method.head_kind(), hidden: self.head_hidden, embedding_dim: self.embedding_dim }
     }
 
     /// This configuration as a TOML file that repeats the run; `init` tells whether that needs weights to start from.
@@ -117,7 +131,11 @@ impl Config {
     pub fn to_toml(&self, init: bool) -> Result<String> {
         let mut table = toml::Table::try_from(self).map_err(|e| Error::usage(format!("no TOML form: {e}")))?;
         table.remove("objective");
-        let embeddings = if self.objective == Objective::Distill { " --embeddings EMBEDDINGS" } else { "" };
+        let embeddings = match &self.distillation {
+            None => "",
+            Some(DistillationConfig { ensemble: None, .. }) => " --embeddings EMBEDDINGS",
+            Some(_) => " --embeddings EMBEDDINGS --embeddings EMBEDDINGS ...",
+        };
         let init = if init { " --init INIT" } else { "" };
         let name = self.objective.name();
         Ok(format!(
@@ -133,7 +151,7 @@ impl Config {
         at_least("epochs", self.epochs, 1)?;
         at_least("batch-size", self.batch_size as u64, 2)?;
         at_least("bn-groups", self.bn_groups as u64, 1)?;
-        at_least("head-hidden", self.head_hidden as u64, 1)?;
+        at_least("head-hidden", self.head_hidden as u64, u64::from(self.head().kind != HeadKind::Linear))?;
         at_least("embedding-dim", self.embedding_dim as u64, 1)?;
         at_least("accumulate", self.accumulate as u64, 1)?;
         let Self { batch_size, bn_groups, accumulate, .. } = *self;
@@ -191,7 +209,9 @@ mod tests {
         let moco = MocoConfig { queue_size: 65536, temperature: 0.2, key_momentum: 0.999 };
         assert_eq!(config.method, MethodConfig::MocoV2(moco));
         assert_eq!((config.head_hidden, config.embedding_dim), (2048, 64));
-        assert_eq!(config.distillation, Some(DistillationConfig { distill_weight: 32.0 }));
+        let mse = WeightedTerm { weight: 32.0, views: DistillViews::Both };
+        let distillation = DistillationConfig { terms: [(DistillTerm::Mse, mse)].into(), seed: None, ensemble: None };
+        assert_eq!(config.distillation, Some(distillation));
         let config = Config::new(Objective::Pretrain, &Options::default(), None).unwrap();
         assert_eq!((config.embedding_dim, config.distillation), (128, None));
     }
@@ -236,6 +256,52 @@ mod tests {
             assert_eq!(text.contains("order"), order == Some(Order::Quasi));
             let read: Options = toml::from_str(&text).unwrap();
             assert_eq!(Config::new(Objective::Distill, &read, Some(16)).unwrap(), config);
+        }
+    }
+
+    #[test]
+    fn methods_bring_their_own_defaults_and_refuse_each_others_flags() {
+        let options = |method| Options { method: Some(method), ..Options::default() };
+        let config = Config::new(Objective::Pretrain, &options(MethodName::MocoV1), None).unwrap();
+        let moco = MocoConfig { queue_size: 65536, temperature: 0.07, key_momentum: 0.999 };
+        assert_eq!(config.method, MethodConfig::MocoV1(moco));
+        assert_eq!(config.head(), HeadConfig { kind: HeadKind::Linear, hidden: 0, embedding_dim: 128 });
+        assert!(!config.to_toml(false).unwrap().contains("head-hidden"));
+        let config = Config::new(Objective::Distill, &options(MethodName::Swav), Some(64)).unwrap();
+        let swav = SwavConfig {
+            prototypes: 3000,
+            temperature: 0.1,
+            epsilon: 0.05,
+            sinkhorn_iterations: 3,
+            swav_queue_size: 3840,
+            queue_from_epoch: 15,
+            freeze_prototypes_steps: 313,
+        };
+        assert_eq!((&config.method, config.bn_groups), (&MethodConfig::Swav(swav), 1));
+        assert_eq!(config.head(), HeadConfig { kind: HeadKind::MlpBatchNorm, hidden: 2048, embedding_dim: 64 });
+        // Whole batches only.
+        let odd = Options { batch_size: Some(1000), ..options(MethodName::Swav) };
+        let config = Config::new(Objective::Distill, &odd, None).unwrap();
+        assert!(matches!(&config.method, MethodConfig::Swav(swav) if swav.swav_queue_size == 3000));
+        for method in [MethodName::MocoV1, MethodName::Swav] {
+            let config = Config::new(Objective::Distill, &options(method), Some(16)).unwrap();
+            let read: Options = toml::from_str(&config.to_toml(false).unwrap()).unwrap();
+            assert_eq!(Config::new(Objective::Distill, &read, Some(16)).unwrap(), config);
+        }
+        let cases: [(Options, &str); 9] = [
+            (Options { head_hidden: Some(64), ..options(MethodName::MocoV1) }, "--head-hidden"),
+            (Options { prototypes: Some(64), ..options(MethodName::MocoV1) }, "--prototypes"),
+            (Options { epsilon: Some(0.1), ..Options::default() }, "--epsilon"),
+            (Options { queue_size: Some(4096), ..options(MethodName::Swav) }, "--queue-size"),
+            (Options { sinkhorn_iterations: Some(0), ..options(MethodName::Swav) }, "--sinkhorn-iterations"),
+            (Options { prototypes: Some(1), ..options(MethodName::Swav) }, "--prototypes"),
+            (Options { epsilon: Some(0.0), ..options(MethodName::Swav) }, "--epsilon"),
+            (Options { swav_queue_size: Some(100), ..options(MethodName::Swav) }, "--swav-queue-size"),
+            (Options { queue_from_epoch: Some(1), ..options(MethodName::None) }, "--queue-from-epoch"),
+        ];
+        for (options, flag) in cases {
+            let message = error(options);
+            assert!(message.contains(&format!("`{flag}`")), "{message}");
         }
     }
 

@@ -1,27 +1,36 @@
 //! What a run is made from and how it is carried out; no byte of the result depends on the latter.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use shared::run::Objective;
 use shared::{Error, Result};
 
+use super::DistillationConfig;
 use crate::args::{Options, TrainArgs};
+use crate::config::TimeLimit;
+use crate::saver::CheckpointPolicy;
+
+/// How old the last checkpoint may grow unless told otherwise.
+const CHECKPOINT_MINUTES: f64 = 10.0;
 
 /// What a run is made from and how it is carried out; no byte of the result depends on the latter.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Plan {
     /// The pixels.
     pub shards: PathBuf,
-    /// The teacher's embeddings; none for `pretrain`.
-    pub embeddings: Option<PathBuf>,
+    /// The embeddings of every teacher; none for `pretrain`.
+    pub embeddings: Vec<PathBuf>,
     /// What to start from; drawn weights if none.
     pub init: Option<PathBuf>,
     /// The run.
     pub output: PathBuf,
-    /// Additional checkpoints; none at epochs only.
-    pub checkpoint_steps: Option<u64>,
+    /// When checkpoints are written.
+    pub checkpoints: CheckpointPolicy,
     /// Checkpoints that stay.
     pub keep: usize,
+    /// How long this call may train.
+    pub time_limit: Option<Duration>,
     /// Steps after which to stop as if killed.
     pub stop_after_steps: Option<u64>,
     /// Start again.
@@ -40,21 +49,27 @@ impl Plan {
             path.clone().ok_or_else(|| Error::usage(format!("`{}` needs `--{flag}`", objective.name())))
         };
         let embeddings = match objective {
-            Objective::Distill => Some(required(&options.embeddings, "embeddings")?),
-            Objective::Pretrain => {
-                for (given, flag) in
-                    [(options.embeddings.is_some(), "embeddings"), (options.distill_weight.is_some(), "distill-weight")]
-                {
-                    if given {
-                        let message = format!("`pretrain` has no teacher and takes no `--{flag}`: use `distill`");
-                        return Err(Error::usage(message));
-                    }
-                }
-                None
+            Objective::Distill => {
+                let given = options.embeddings.clone().filter(|sets| !sets.is_empty());
+                given.ok_or_else(|| Error::usage("`distill` needs `--embeddings`"))?
             }
+            Objective::Pretrain => match DistillationConfig::given(options) {
+                Some(flag) => {
+                    let message = format!("`pretrain` has no teacher and takes no `--{flag}`: use `distill`");
+                    return Err(Error::usage(message));
+                }
+                None => Vec::new(),
+            },
         };
-        if options.checkpoint_steps == Some(0) || options.keep == Some(0) {
-            return Err(Error::usage("`--checkpoint-steps` and `--keep` must be at least 1"));
+        let keep = options.keep.unwrap_or(2);
+        for (flag, value) in [
+            ("checkpoint-steps", options.checkpoint_steps),
+            ("checkpoint-epochs", options.checkpoint_epochs),
+            ("keep", Some(keep as u64)),
+        ] {
+            if value == Some(0) {
+                return Err(Error::usage(format!("`--{flag}` must be at least 1")));
+            }
         }
         if options.init_head == Some(true) && options.init.is_none() {
             return Err(Error::usage("`--init-head` needs `--init`, which names the weights to take the head from"));
@@ -64,11 +79,23 @@ impl Plan {
             embeddings,
             init: options.init.clone(),
             output: required(&options.output, "output")?,
-            checkpoint_steps: options.checkpoint_steps,
-            keep: options.keep.unwrap_or(2),
+            checkpoints: CheckpointPolicy {
+                steps: options.checkpoint_steps,
+                epochs: options.checkpoint_epochs,
+                interval: minutes("checkpoint-minutes", options.checkpoint_minutes.unwrap_or(CHECKPOINT_MINUTES))?,
+            },
+            keep,
+            time_limit: options.time_limit.map(TimeLimit::duration),
             stop_after_steps: args.stop_after_steps,
             overwrite: args.common.overwrite,
             quiet: args.common.quiet,
         })
     }
+}
+
+fn minutes(flag: &str, minutes: f64) -> Result<Duration> {
+    Duration::try_from_secs_f64(60.0 * minutes)
+        .ok()
+        .filter(|duration| !duration.is_zero())
+        .ok_or_else(|| Error::usage(format!("`--{flag}` must be a positive number, got {minutes}")))
 }

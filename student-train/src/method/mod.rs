@@ -2,19 +2,22 @@
 
 mod moco;
 mod queue;
+mod swav;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 
 use candle_core::Tensor;
 use shared::Result;
+use shared::distributed::World;
 use shared::models::{Encoder, Outputs};
-use shared::ops::Mode;
+use shared::ops::{Mode, ParameterStore};
 use shared::run::Losses;
 use shared::tensor_file::TensorFile;
 
 pub use self::moco::{KEY_PREFIX, Moco, QUEUE_NAME};
 pub use self::queue::Queue;
+pub use self::swav::{PROTOTYPES_NAME, QUEUE_NAMES, Swav};
 use crate::config::{Config, MethodConfig};
 use crate::distillation::Distillation;
 use crate::part::LossSum;
@@ -29,6 +32,8 @@ pub type Counters = BTreeMap<String, u64>;
 pub enum Method {
     /// Contrast against a queue of keys.
     Moco(Box<Moco>),
+    /// Cluster assignments predicted between crops.
+    Swav(Box<Swav>),
     /// None: the teacher alone.
     Alone,
 }
@@ -40,14 +45,16 @@ pub struct StepInput<'a> {
     pub query: &'a Encoder,
     /// What the teacher wants, if there is one.
     pub distillation: Option<&'a Distillation>,
-    /// The samples.
+    /// The samples of this rank.
     pub batch: &'a Batch,
-    /// A permutation of the batch, see [`crate::step::batch_shuffle`].
+    /// A permutation of the batch of all ranks, see [`crate::step::batch_shuffle`].
     pub shuffle: &'a [u32],
-    /// Batch-norm groups of the whole batch.
+    /// Batch-norm groups of this rank.
     pub bn_groups: usize,
     /// Pieces that are computed one after the other.
     pub accumulate: usize,
+    /// The other ranks.
+    pub world: &'a World,
 }
 
 impl StepInput<'_> {
@@ -71,14 +78,28 @@ impl Method {
     /// Only if a tensor operation fails.
     pub fn new(config: &Config, query: &Encoder) -> Result<Self> {
         Ok(match &config.method {
-            MethodConfig::MocoV2(moco) => Self::Moco(Box::new(Moco::new(moco, query, config.seed)?)),
+            MethodConfig::MocoV2(moco) | MethodConfig::MocoV1(moco) => {
+                Self::Moco(Box::new(Moco::new(moco, query, config.seed)?))
+            }
+            MethodConfig::Swav(swav) => Self::Swav(Box::new(Swav::new(swav, query, config.seed)?)),
             MethodConfig::Alone => Self::Alone,
         })
     }
 
     /// Networks of its own that learn.
     pub fn trainables(&self) -> Vec<Trainable> {
-        Vec::new()
+        match self {
+            Self::Swav(swav) => vec![swav.trainable()],
+            Self::Moco(_) | Self::Alone => Vec::new(),
+        }
+    }
+
+    /// Networks of its own that run in training mode and do not learn.
+    pub fn followers(&self) -> Vec<ParameterStore> {
+        match self {
+            Self::Moco(moco) => vec![moco.key().store().clone()],
+            Self::Swav(_) | Self::Alone => Vec::new(),
+        }
     }
 
     /// Makes what follows the query encoder its copy again.
@@ -88,7 +109,7 @@ impl Method {
     pub fn restart(&self, query: &Encoder) -> Result<()> {
         match self {
             Self::Moco(moco) => moco.restart(query),
-            Self::Alone => Ok(()),
+            Self::Swav(_) | Self::Alone => Ok(()),
         }
     }
 
@@ -99,17 +120,19 @@ impl Method {
     pub fn gradients(&mut self, input: &StepInput<'_>, gradients: &mut GradientSum) -> Result<Losses> {
         match self {
             Self::Moco(moco) => moco.gradients(input, gradients),
+            Self::Swav(swav) => swav.gradients(input, gradients),
             Self::Alone => two_views(input, None, gradients),
         }
     }
 
-    /// What is left to do once the parameters have moved: the keys of the step enter the queue.
+    /// What is left to do once the parameters have moved: what the step embedded enters the queue.
     ///
     /// # Errors
     /// Only if a tensor operation fails.
     pub fn after_step(&mut self) -> Result<()> {
         match self {
             Self::Moco(moco) => moco.after_step(),
+            Self::Swav(swav) => swav.after_step(),
             Self::Alone => Ok(()),
         }
     }
@@ -121,6 +144,7 @@ impl Method {
     pub fn to_tensors(&self) -> Result<BTreeMap<String, Tensor>> {
         match self {
             Self::Moco(moco) => moco.to_tensors(),
+            Self::Swav(swav) => swav.to_tensors(),
             Self::Alone => Ok(BTreeMap::new()),
         }
     }
@@ -129,6 +153,7 @@ impl Method {
     pub fn counters(&self) -> Counters {
         match self {
             Self::Moco(moco) => moco.counters(),
+            Self::Swav(swav) => swav.counters(),
             Self::Alone => Counters::new(),
         }
     }
@@ -140,6 +165,7 @@ impl Method {
     pub fn load(&mut self, file: &TensorFile, counters: &Counters) -> Result<()> {
         match self {
             Self::Moco(moco) => moco.load(file, counters),
+            Self::Swav(swav) => swav.load(file, counters),
             Self::Alone => Ok(()),
         }
     }
@@ -149,7 +175,7 @@ impl Method {
 #[derive(Debug, Clone, Copy)]
 struct Contrast<'a> {
     moco: &'a Moco,
-    /// `(B, D)` f32, unit rows.
+    /// `(B, D)` f32, unit rows, of this rank's samples.
     keys: &'a Tensor,
 }
 

@@ -16,7 +16,7 @@ use crate::train;
 use crate::workspace::{EMBEDDING_DIM, Workspace};
 
 /// The head of the tiny runs.
-const HEAD: HeadConfig = HeadConfig { hidden: 16, embedding_dim: EMBEDDING_DIM };
+const HEAD: HeadConfig = HeadConfig::mlp(16, EMBEDDING_DIM);
 
 /// A network whose batch-norm statistics are not those of a drawn one.
 fn network(arch: Arch, head: Option<HeadConfig>, seed: u64) -> Result<BTreeMap<String, Tensor>> {

@@ -2,6 +2,8 @@
 
 mod export;
 mod init;
+mod methods;
+mod objectives;
 mod refusals;
 mod resume;
 mod workspace;
@@ -13,7 +15,12 @@ use workspace::Workspace;
 
 /// Runs a tiny training; `more` are `--flag=value` or `--flag`.
 fn train(workspace: &Workspace, command: &str, run: &str, more: &[&str]) -> Result<Trained> {
-    match student_train::run(&Args::parse_from(workspace.arguments(command, run, more)))? {
+    train_with(&workspace.arguments(command, run, more))
+}
+
+/// Runs the training of a whole command line.
+fn train_with(arguments: &[String]) -> Result<Trained> {
+    match student_train::run(&Args::parse_from(arguments))? {
         Summary::Trained(trained) => Ok(trained),
         Summary::Exported(_) | Summary::Imported(_) => Err(shared::Error::usage("not a training")),
     }

@@ -30,7 +30,7 @@ fn batch_larger_than_the_set() -> Result<()> {
 fn single_stored_view() -> Result<()> {
     let workspace = Workspace::new()?;
     write_shards(&workspace.path("single"), 10, 1, 0)?;
-    write_embedding_set(&workspace.path("single-embeddings"), &workspace.path("single"), 10, 1)?;
+    write_embedding_set(&workspace.path("single-embeddings"), &workspace.path("single"), 10, 1, 0)?;
     let shards = format!("--shards={}", workspace.path("single").display());
     let embeddings = format!("--embeddings={}", workspace.path("single-embeddings").display());
     for error in [refused(&workspace, "distill", &[&shards, &embeddings]), refused(&workspace, "pretrain", &[&shards])]
@@ -70,6 +70,8 @@ fn teacher_and_flags_that_do_not_fit() -> Result<()> {
     for (command, flag, word) in [
         ("pretrain", "--embeddings=embeddings", "--embeddings"),
         ("pretrain", "--distill-weight=1", "--distill-weight"),
+        ("pretrain", "--distill=mse=1", "--distill"),
+        ("distill", "--seed-queue-size=8", "--seed-queue-size"),
         ("distill", "--embedding-dim=64", "--embedding-dim"),
         ("distill", "--bn-groups=3", "--bn-groups"),
         ("distill", "--queue-size=3", "--queue-size"),

@@ -1,5 +1,7 @@
 //! What the tests of this crate share: small shard and embedding sets of noise, and commands on them.
 
+#![allow(dead_code, reason = "each of the test programs uses a part of it")]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,7 +10,9 @@ use shared::Result;
 use shared::embedding::{EmbeddingDtype, EmbeddingSetDetails, embedding_file_name, write_embeddings};
 use shared::manifest::{Identity, Manifest, Stage};
 use shared::rng::KeyedRng;
-use shared::shard::{ShardSetDetails, ShardWriter, VIEW_PARAMETERS, shard_file_name};
+use shared::shard::{
+    LocalDetails, Pieces, SampleViews, ShardSetDetails, ShardWriter, VIEW_PARAMETERS, shard_file_name,
+};
 
 /// D of the teacher's embeddings.
 pub(crate) const EMBEDDING_DIM: usize = 8;
@@ -18,25 +22,60 @@ const SIZE: usize = 16;
 
 /// A shard set of noise: two shards, `views` views each.
 pub(crate) fn write_shards(directory: &Path, samples: usize, views: usize, seed: u64) -> Result<()> {
+    write_shards_of(directory, samples, views, None, seed, SIZE)
+}
+
+/// The same with small views beside them.
+pub(crate) fn write_crops(
+    directory: &Path,
+    samples: usize,
+    views: usize,
+    local: Option<LocalDetails>,
+    seed: u64,
+) -> Result<()> {
+    write_shards_of(directory, samples, views, local, seed, SIZE)
+}
+
+/// The same with images of another size, in pixels.
+pub(crate) fn write_shards_of(
+    directory: &Path,
+    samples: usize,
+    views: usize,
+    local: Option<LocalDetails>,
+    seed: u64,
+    size: usize,
+) -> Result<()> {
+    let details = ShardSetDetails { views, height: size, width: size, local, ..ShardSetDetails::default() };
     fs::create_dir_all(directory).map_err(shared::Error::io("create", directory))?;
     let mut files = Vec::new();
     for (index, ids) in split(samples).into_iter().enumerate() {
-        let mut writer = ShardWriter::create(directory.join(shard_file_name(index)), ids.len(), views, SIZE, SIZE)?;
+        let mut writer = ShardWriter::with_layout(directory.join(shard_file_name(index)), ids.len(), &details)?;
         for id in ids {
             let mut rng = KeyedRng::new("test pixels", seed, &[id]);
-            let pixels: Vec<u8> = (0..views * SIZE * SIZE * 3).map(|_| rng.below(256) as u8).collect();
-            writer.push(id, -1, &pixels, &vec![0.0; views * VIEW_PARAMETERS.len()])?;
+            let mut pieces = |views: usize, size: usize| Pieces {
+                bytes: (0..views * size * size * 3).map(|_| rng.below(256) as u8).collect(),
+                lengths: vec![size * size * 3; views],
+                params: vec![0.0; views * VIEW_PARAMETERS.len()],
+            };
+            let global = pieces(views, size);
+            let local = local.map(|local| pieces(local.views, local.size)).unwrap_or_default();
+            writer.push_sample(id, -1, &SampleViews { global, local, ..SampleViews::default() })?;
         }
         files.push(writer.finish()?);
     }
-    let details = ShardSetDetails { views, height: SIZE, width: SIZE, ..ShardSetDetails::default() };
     let identity = Identity::new(Stage::DataPrep, &serde_json::json!({}), seed, Vec::new())?;
     let counts = BTreeMap::from([("samples".to_string(), samples as u64)]);
     Manifest::new(identity, counts, serde_json::json!(details), files).write(directory)
 }
 
-/// Embeddings of such a set: random unit rows.
-pub(crate) fn write_embedding_set(directory: &Path, shards: &Path, samples: usize, views: usize) -> Result<()> {
+/// Embeddings of such a set: random unit rows, other ones for every teacher.
+pub(crate) fn write_embedding_set(
+    directory: &Path,
+    shards: &Path,
+    samples: usize,
+    views: usize,
+    teacher: u64,
+) -> Result<()> {
     fs::create_dir_all(directory).map_err(shared::Error::io("create", directory))?;
     let details = EmbeddingSetDetails { views, embedding_dim: EMBEDDING_DIM, dtype: EmbeddingDtype::F16 };
     let mut files = Vec::new();
@@ -44,7 +83,7 @@ pub(crate) fn write_embedding_set(directory: &Path, shards: &Path, samples: usiz
         let mut rows = Vec::new();
         for &id in &ids {
             for view in 0..views as u64 {
-                let mut rng = KeyedRng::new("test embedding", 0, &[id, view]);
+                let mut rng = KeyedRng::new("test embedding", teacher, &[id, view]);
                 let row: Vec<f64> = (0..EMBEDDING_DIM).map(|_| rng.normal()).collect();
                 let norm = row.iter().map(|x| x * x).sum::<f64>().sqrt();
                 rows.extend(row.into_iter().map(|x| (x / norm) as f32));
@@ -74,7 +113,7 @@ impl Workspace {
         let root = tempfile::tempdir().map_err(shared::Error::io("create", "a temporary directory"))?;
         let workspace = Self { root };
         write_shards(&workspace.path("shards"), 10, 3, 0)?;
-        write_embedding_set(&workspace.path("embeddings"), &workspace.path("shards"), 10, 3)?;
+        write_embedding_set(&workspace.path("embeddings"), &workspace.path("shards"), 10, 3, 0)?;
         Ok(workspace)
     }
 
@@ -93,11 +132,24 @@ impl Workspace {
         }
         let tiny = "--epochs 2 --batch-size 4 --bn-groups 2 --queue-size 6 --head-hidden 16 --seed 5 --quiet";
         arguments.extend(tiny.split(' ').map(String::from));
+        // What momentum contrast alone takes.
+        let dropped: &[&str] = match more.iter().find_map(|pair| pair.strip_prefix("--method=")) {
+            Some("swav" | "none") => &["--queue-size"],
+            Some("moco-v1") => &["--head-hidden"],
+            _ => &[],
+        };
+        for flag in dropped {
+            if let Some(at) = arguments.iter().position(|known| known == flag) {
+                arguments.drain(at..at + 2);
+            }
+        }
         // `--flag=value` of a test replaces what stands above.
         for pair in more {
             let flag = pair.split('=').next().unwrap_or_default();
-            if let Some(at) = arguments.iter().position(|known| known == flag) {
-                arguments.drain(at..at + 2);
+            let same = |known: &String| known == flag || known.split_once('=').is_some_and(|(known, _)| known == flag);
+            if let Some(at) = arguments.iter().position(same) {
+                let joined = arguments[at].contains('=');
+                arguments.drain(at..at + if joined { 1 } else { 2 });
             }
             arguments.push((*pair).to_string());
         }

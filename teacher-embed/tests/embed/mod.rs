@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use super::fixture::{HEAD, SAMPLES, VIEWS, network, write, write_moco, write_run, write_shards};
+use super::fixture::{HEAD, SAMPLES, VIEWS, network, write, write_moco, write_run, write_run_with, write_shards};
 use candle_core::{DType, Device, Tensor};
 use shared::cli::with_threads;
 use shared::data_loader::normalized_batch;
 use shared::embedding::{EmbeddingDtype, EmbeddingSet, embedding_file_name};
 use shared::io::write_json;
 use shared::manifest::{MANIFEST_FILE, Manifest, Stage};
-use shared::models::{Arch, Encoder};
+use shared::models::{Arch, Encoder, HeadConfig, HeadKind};
 use shared::ops::Mode;
 use shared::output::UNFINISHED_FILE;
 use shared::shard::ShardSet;
@@ -352,6 +352,36 @@ fn a_run_and_its_checkpoint_give_the_query_encoder() {
     fs::remove_file(run.join(MANIFEST_FILE)).unwrap();
     let hint = embed(&EmbedConfig { arch: None, ..config }).unwrap_err().hint().unwrap();
     assert!(hint.contains("student-train") && hint.contains("step-00000004.safetensors"), "{hint}");
+}
+
+#[test]
+fn runs_with_other_heads_are_teachers_too() {
+    let bench = bench();
+    let heads = [
+        (HeadConfig { kind: HeadKind::Linear, hidden: 0, ..HEAD }, Method::MocoV1),
+        (HeadConfig { kind: HeadKind::MlpBatchNorm, ..HEAD }, Method::Swav),
+    ];
+    for (head, method) in heads {
+        let run = bench.path().join(format!("run of {method}"));
+        let checkpoint = run.join(write_run_with(head, &run, 1).unwrap());
+        // The run's own head, and the layers that are read from the file.
+        let [of_run, of_file] = [("run", &run), ("file", &checkpoint)].map(|(name, weights)| {
+            let config = EmbedConfig { weights: weights.clone(), ..bench.writing_to(&format!("{name} of {method}")) };
+            assert_eq!(embed(&config).unwrap().teacher.method, method);
+            rows(&config)
+        });
+        assert_eq!(of_run[0].len(), HEAD.embedding_dim);
+        for (a, b) in of_run.iter().zip(&of_file) {
+            assert!(distance(a, b) < 1e-3, "{method}: {a:?} {b:?}");
+        }
+        let features = EmbedConfig {
+            weights: run,
+            method: Some(Method::Backbone),
+            ..bench.writing_to(&format!("features of {method}"))
+        };
+        embed(&features).unwrap();
+        assert_eq!(rows(&features)[0].len(), 512);
+    }
 }
 
 #[test]

@@ -12,7 +12,7 @@ use shared::models::{Arch, Encoder, HeadConfig, names_and_shapes};
 use shared::ops::{Engine, Mode};
 use tests::formula::{fingerprint, fingerprint_distance, parameters, unit, unit_rows, values};
 
-const HEAD: HeadConfig = HeadConfig { hidden: 48, embedding_dim: 16 };
+const HEAD: HeadConfig = HeadConfig::mlp(48, 16);
 /// Largest relative error of an f32 forward or backward pass against f64. `PyTorch`'s own passes in f32 come to 4e-5.
 const TOLERANCE: f64 = 1e-4;
 

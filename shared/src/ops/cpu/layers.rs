@@ -6,13 +6,14 @@ use super::pool::{self, MaxPool};
 use super::rows::{self, InfoNceResult};
 use super::{deposit, graph, values, with_values};
 use crate::Result;
-use crate::ops::{Activation, Linear, Pass, shape_error};
+use crate::ops::{Activation, Linear, Parameter, Pass, shape_error};
 
 const MAX_POOL: &str = "max_pool";
 const AVERAGE_POOL: &str = "global_average_pool";
 const LINEAR: &str = "linear";
 const NORMALISE: &str = "l2_normalise";
 const INFO_NCE: &str = "info_nce";
+const SOFT_CROSS_ENTROPY: &str = "soft_cross_entropy";
 
 /// See [`crate::ops::max_pool`].
 pub(in crate::ops) fn max_pool(xs: &Tensor) -> Result<Tensor> {
@@ -44,15 +45,24 @@ pub(in crate::ops) fn global_average_pool(xs: &Tensor) -> Result<Tensor> {
 
 /// See [`crate::ops::linear`].
 pub(in crate::ops) fn linear(xs: &Tensor, params: &Linear, act: Activation, pass: &Pass) -> Result<Tensor> {
-    let (inputs, outputs) = params.weight.var().dims2()?;
+    affine(xs, &params.weight, Some(&params.bias), act, pass)
+}
+
+/// See [`crate::ops::linear_map`].
+pub(in crate::ops) fn linear_map(xs: &Tensor, weight: &Parameter, pass: &Pass) -> Result<Tensor> {
+    affine(xs, weight, None, Activation::Identity, pass)
+}
+
+fn affine(xs: &Tensor, weight: &Parameter, bias: Option<&Parameter>, act: Activation, pass: &Pass) -> Result<Tensor> {
+    let (inputs, outputs) = weight.var().dims2()?;
     let rows = match *xs.dims() {
         [rows, width] if width == inputs => rows,
         _ => return Err(shape_error(LINEAR, format!("(.., {inputs})"), xs)),
     };
     let xs = xs.contiguous()?;
-    let bias = values(params.bias.var())?;
+    let summands = bias.map_or_else(|| Ok(vec![0.0; outputs]), |bias| values(bias.var()))?;
     let mut out =
-        with_values(&xs, |xs| with_values(params.weight.var(), |weight| Ok(rows::linear(xs, inputs, weight, &bias))))?;
+        with_values(&xs, |xs| with_values(weight.var(), |weight| Ok(rows::linear(xs, inputs, weight, &summands))))?;
     let before = (pass.record && act != Activation::Identity).then(|| out.clone());
     if act != Activation::Identity {
         rows::activate(&mut out, outputs, act);
@@ -60,19 +70,21 @@ pub(in crate::ops) fn linear(xs: &Tensor, params: &Linear, act: Activation, pass
     if !pass.record {
         return Ok(Tensor::from_vec(out, (rows, outputs), xs.device())?);
     }
-    let (params, input, wants_input) = (params.clone(), xs.detach(), xs.track_op());
+    let (weight, bias, input, wants_input) = (weight.clone(), bias.cloned(), xs.detach(), xs.track_op());
     let backward = move |mut gradient: Vec<f32>| {
         if let Some(before) = before {
             rows::activation_gradient(&before, &mut gradient, outputs, act);
         }
-        deposit(&params.bias, rows::column_sums(&gradient, outputs))?;
+        if let Some(bias) = bias {
+            deposit(&bias, rows::column_sums(&gradient, outputs))?;
+        }
         let dweight = with_values(&input, |xs| Ok(rows::linear_weight_gradient(xs, &gradient, inputs, outputs)))?;
-        deposit(&params.weight, dweight)?;
+        deposit(&weight, dweight)?;
         if !wants_input {
             return Ok(vec![None]);
         }
         let dxs = |weight: &[f32]| Ok(rows::linear_input_gradient(&gradient, weight, inputs, outputs));
-        Ok(vec![Some(with_values(params.weight.var(), dxs)?)])
+        Ok(vec![Some(with_values(weight.var(), dxs)?)])
     };
     Ok(graph::record(LINEAR, out, (rows, outputs), &[&xs], backward)?)
 }
@@ -113,4 +125,24 @@ pub(in crate::ops) fn info_nce(q: &Tensor, k: &Tensor, queue: &Tensor, temperatu
         Ok(vec![Some(dqueries)])
     };
     Ok((graph::record(INFO_NCE, vec![loss as f32], (), &[&q], backward)?, top1))
+}
+
+/// See [`crate::ops::soft_cross_entropy`].
+pub(in crate::ops) fn soft_cross_entropy(logits: &Tensor, targets: &Tensor, temperature: f64) -> Result<Tensor> {
+    let (_, classes) = logits.dims2()?;
+    let (logits, targets) = (logits.contiguous()?, targets.contiguous()?);
+    let wanted = logits.track_op();
+    let (loss, mut gradient) = with_values(&logits, |logits| {
+        with_values(&targets, |targets| Ok(rows::soft_cross_entropy(logits, targets, classes, temperature, wanted)))
+    })?;
+    if !wanted {
+        return Ok(Tensor::new(loss as f32, &Device::Cpu)?);
+    }
+    // Loss and gradient are computed together.
+    let backward = move |dloss: Vec<f32>| {
+        let factor = dloss.first().copied().unwrap_or_default();
+        gradient.iter_mut().for_each(|d| *d *= factor);
+        Ok(vec![Some(gradient)])
+    };
+    Ok(graph::record(SOFT_CROSS_ENTROPY, vec![loss as f32], (), &[&logits], backward)?)
 }

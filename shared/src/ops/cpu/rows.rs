@@ -151,6 +151,45 @@ pub(super) fn normalise_gradient(xs: &[f32], out: &[f32], dout: &[f32], width: u
     dxs
 }
 
+/// Cross entropy of `softmax(logits / temperature)` against `targets`, mean over the rows, and its gradient with respect to the
+/// logits, empty unless wanted.
+pub(super) fn soft_cross_entropy(
+    logits: &[f32],
+    targets: &[f32],
+    classes: usize,
+    temperature: f64,
+    gradient: bool,
+) -> (f64, Vec<f32>) {
+    let rows = logits.len() / classes;
+    let sharpness = (1.0 / temperature) as f32;
+    let factor = 1.0 / (temperature * rows as f64);
+    let mut dlogits = vec![0.0; logits.len()];
+    let losses: Vec<f64> = dlogits
+        .par_chunks_exact_mut(classes)
+        .zip(logits.par_chunks_exact(classes))
+        .zip(targets.par_chunks_exact(classes))
+        .map(|((weights, logits), targets)| {
+            let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let (mut sum, mut mass, mut hit) = (0f64, 0f64, 0f64);
+            for ((weight, &logit), &target) in weights.iter_mut().zip(logits).zip(targets) {
+                *weight = ((logit - top) * sharpness).exp();
+                sum += f64::from(*weight);
+                mass += f64::from(target);
+                hit += f64::from(target) * f64::from(logit - top);
+            }
+            let (weight_factor, target_factor) = ((mass / sum * factor) as f32, factor as f32);
+            for (weight, &target) in weights.iter_mut().zip(targets) {
+                *weight = *weight * weight_factor - target * target_factor;
+            }
+            mass * sum.ln() - hit / temperature
+        })
+        .collect();
+    if !gradient {
+        dlogits = Vec::new();
+    }
+    (losses.iter().sum::<f64>() / rows as f64, dlogits)
+}
+
 /// What [`info_nce`] finds.
 #[derive(Debug)]
 pub(super) struct InfoNceResult {
