@@ -182,6 +182,10 @@ pub struct RunDetails {
     pub image_size: [usize; 2],
     /// The tensors of the last checkpoint, relative to the run.
     pub checkpoint: String,
+    /// Whether the student is a moving average of the query encoder, `ema.*` in the checkpoint. The exported backbone and
+    /// [`Run::encoder`] are the average then.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub averaged: bool,
     /// Means over the last epoch.
     #[serde(rename = "final")]
     pub final_losses: Losses,
@@ -274,14 +278,26 @@ impl Run {
         Ok(encoder)
     }
 
-    /// The trained encoder with its head: a teacher for others.
+    /// The trained encoder with its head, a teacher for others: the moving average where the run kept one.
+    ///
+    /// # Errors
+    /// As [`Run::student`].
+    pub fn encoder(&self) -> Result<Encoder> {
+        self.encoder_behind(if self.details.averaged { AVERAGE_PREFIX } else { QUERY_PREFIX })
+    }
+
+    /// The query encoder with its head as the last step left it.
     ///
     /// # Errors
     /// As [`Run::student`].
     pub fn query_encoder(&self) -> Result<Encoder> {
+        self.encoder_behind(QUERY_PREFIX)
+    }
+
+    fn encoder_behind(&self, prefix: &str) -> Result<Encoder> {
         let RunDetails { arch, checkpoint, .. } = &self.details;
         let encoder = Encoder::new(*arch, Some(self.details.head()), 0)?;
-        encoder.store().load(&prefixed(&TensorFile::open(self.directory.join(checkpoint))?, QUERY_PREFIX)?)?;
+        encoder.store().load(&prefixed(&TensorFile::open(self.directory.join(checkpoint))?, prefix)?)?;
         Ok(encoder)
     }
 

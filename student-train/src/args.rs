@@ -45,8 +45,8 @@ pub enum Command {
     Pretrain(TrainArgs),
     /// Write the student of a finished run as one file for other programs
     ///
-    /// The file holds the backbone alone, without the projection head, as it was at the end of the training; an ONNX graph can have
-    /// both. The same run and options give the same bytes.
+    /// The file holds the backbone alone, without the projection head, as it was at the end of the training, or its moving average
+    /// where the run kept one; an ONNX graph can have both backbone and head. The same run and options give the same bytes.
     Export(ExportArgs),
     /// Write the backbone of a checkpoint of timm, torchvision or others as a student's file
     Import(ImportArgs),
@@ -67,6 +67,9 @@ pub struct TrainArgs {
     /// How to compute.
     #[command(flatten)]
     pub compute: ComputeArgs,
+    /// Print the resolved configuration, what the run needs and how its directory would be found; write nothing
+    #[arg(long)]
+    pub dry_run: bool,
     /// Stop after this many steps as if killed, leaving the run unfinished (to test resuming)
     #[arg(long, value_name = "N", hide = true)]
     pub stop_after_steps: Option<u64>,
@@ -423,6 +426,16 @@ pub enum ExportFormat {
     Onnx,
 }
 
+/// Which weights of a run are exported.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum ExportedWeights {
+    /// The student that was evaluated: the moving average of a run with `--ema-decay`, otherwise the last weights
+    #[default]
+    Student,
+    /// Those that the last step left
+    Last,
+}
+
 /// Whose names the tensors of an exported student bear.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum TensorNames {
@@ -449,6 +462,9 @@ pub struct ExportArgs {
     /// Names of the tensors
     #[arg(long, value_enum, default_value_t, value_name = "WHOSE")]
     pub names: TensorNames,
+    /// Weights of a run with `--ema-decay`: the average or the last
+    #[arg(long, value_enum, default_value_t, value_name = "WHICH")]
+    pub weights: ExportedWeights,
     /// Side of the images that an ONNX graph takes, in pixels [default: that of the run's views]
     #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u16).range(1..))]
     pub size: Option<u16>,
@@ -531,7 +547,7 @@ mod tests {
             .get_arguments()
             .filter_map(|arg| arg.get_long().map(String::from))
             .filter(|flag| {
-                !["config", "threads", "isa", "json", "quiet", "overwrite", "stop-after-steps", "help"]
+                !["config", "threads", "isa", "json", "quiet", "overwrite", "stop-after-steps", "dry-run", "help"]
                     .contains(&flag.as_str())
             })
             .collect();

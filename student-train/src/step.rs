@@ -224,6 +224,22 @@ impl TrainingState {
         Ok(tensors)
     }
 
+    /// Trainable values of all networks, the student's head and the method's own included.
+    pub fn num_parameters(&self) -> usize {
+        self.trainables().iter().map(|trainable| trainable.store.num_parameters()).sum()
+    }
+
+    /// Bytes of the tensors of a checkpoint after the first step, and of the state in memory.
+    ///
+    /// # Errors
+    /// Only if a tensor operation fails.
+    pub fn checkpoint_bytes(&self) -> Result<u64> {
+        let bytes = |tensor: &Tensor| (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64;
+        let tensors = self.to_tensors()?.values().map(bytes).sum::<u64>();
+        let learnt = (self.num_parameters() * size_of::<f32>()) as u64;
+        Ok(tensors + learnt * self.optimizer.config().rule.buffers())
+    }
+
     /// All numbers of a checkpoint.
     pub fn counters(&self) -> Counters {
         let mut counters = self.method.counters();

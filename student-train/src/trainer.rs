@@ -100,15 +100,16 @@ pub fn train(objective: Objective, options: &Options, plan: &Plan, world: &World
 }
 
 /// What a run is made from.
-struct Inputs {
-    config: Config,
-    init: Option<Init>,
-    batches: Arc<Batches>,
-    identity: Identity,
+pub(crate) struct Inputs {
+    pub(crate) config: Config,
+    pub(crate) init: Option<Init>,
+    pub(crate) batches: Arc<Batches>,
+    pub(crate) identity: Identity,
 }
 
 impl Inputs {
-    fn find(objective: Objective, options: &Options, plan: &Plan, world: &World) -> Result<Self> {
+    /// Opens the inputs, checks them against each other, and resolves the configuration; writes nothing.
+    pub(crate) fn find(objective: Objective, options: &Options, plan: &Plan, world: &World) -> Result<Self> {
         let shards = ShardSet::open(&plan.shards)?;
         let teachers = Teachers::open(&plan.embeddings, &shards, options.ensemble)?;
         let config = Config::new(objective, options, teachers.as_ref().map(Teachers::embedding_dim))?;
@@ -343,6 +344,7 @@ impl<'a> Trainer<'a> {
             embedding_dim: self.config.embedding_dim,
             image_size,
             checkpoint: format!("{CHECKPOINT_DIRECTORY}/{}", shared::checkpoint::tensors_file_name(self.step)),
+            averaged: self.config.optimisation.ema_decay.is_some(),
             final_losses: self.last_epoch.clone().unwrap_or_default(),
         };
         let counts = BTreeMap::from([

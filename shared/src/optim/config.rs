@@ -70,6 +70,14 @@ impl Rule {
             Self::AdamW { .. } => "adamw",
         }
     }
+
+    /// Values that are kept for each value of a parameter.
+    pub fn buffers(&self) -> u64 {
+        match self {
+            Self::Sgd { .. } | Self::Lars { .. } | Self::Larc { .. } => 1,
+            Self::AdamW { .. } => 2,
+        }
+    }
 }
 
 /// Parameters that weight decay leaves alone.
