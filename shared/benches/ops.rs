@@ -299,8 +299,14 @@ fn contrast_and_updates(criterion: &mut Criterion) -> Result<()> {
         bencher.iter(|| step().expect(FITS));
     });
     let [parameter, gradient, momentum] = [pixels(&[5_000_000])?, pixels(&[5_000_000])?, pixels(&[5_000_000])?];
+    let step = ops::DescentStep { momentum: 0.9, nesterov: false, weight_decay: 1e-4, scale: 1.0, lr: 1e-9 };
     criterion.bench_function("sgd of 5 million parameters", |bencher| {
-        bencher.iter(|| ops::sgd_in_place(&parameter, &gradient, &momentum, 0.9, 1e-4, 1e-9).expect(FITS));
+        bencher.iter(|| ops::descend_in_place(&parameter, &gradient, &momentum, &step).expect(FITS));
+    });
+    let square = gradient.sqr()?;
+    let step = ops::AdamStep { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 1e-4, lr: 1e-9, step: 1 };
+    criterion.bench_function("adamw of 5 million parameters", |bencher| {
+        bencher.iter(|| ops::adamw_in_place(&parameter, &gradient, [&momentum, &square], &step).expect(FITS));
     });
     criterion.bench_function("ema of 5 million parameters", |bencher| {
         bencher.iter(|| ops::ema_in_place(&parameter, &gradient, 0.999).expect(FITS));

@@ -13,6 +13,7 @@ pub mod averaging;
 pub mod batches;
 pub mod config;
 pub mod distillation;
+pub mod dry_run;
 pub mod export;
 pub mod import;
 pub mod init;
@@ -40,6 +41,7 @@ use shared::{Error, Result};
 
 pub use args::{Args, Command, ExportArgs, ImportArgs, Options, TrainArgs};
 pub use config::{Config, Plan};
+pub use dry_run::Planned;
 pub use export::Exported;
 pub use import::Imported;
 pub use stopping::StopReason;
@@ -51,6 +53,8 @@ pub use trainer::Outcome;
 pub enum Summary {
     /// `pretrain` or `distill`.
     Trained(Trained),
+    /// The same with `--dry-run`.
+    Planned(Box<Planned>),
     /// `export`.
     Exported(Exported),
     /// `import`.
@@ -99,8 +103,8 @@ pub fn run(args: &Args) -> Result<Summary> {
 /// As [`run`]; [`Error::Usage`] for commands that are of no use to several ranks.
 pub fn run_in(args: &Args, world: &World) -> Result<Summary> {
     match &args.command {
-        Command::Distill(args) => train(Objective::Distill, args, world).map(Summary::Trained),
-        Command::Pretrain(args) => train(Objective::Pretrain, args, world).map(Summary::Trained),
+        Command::Distill(args) => train(Objective::Distill, args, world),
+        Command::Pretrain(args) => train(Objective::Pretrain, args, world),
         Command::Export(_) | Command::Import(_) if !world.is_alone() => world
             .agree(Err(Error::usage("`export` and `import` run in one process: start them without an MPI launcher"))),
         Command::Export(args) => export::export(args).map(Summary::Exported),
@@ -128,7 +132,7 @@ pub fn run_and_print(args: &Args, world: &World) -> Result<()> {
     if json { print_json(&summary) } else { print(&summary.to_string()) }
 }
 
-fn train(objective: Objective, args: &TrainArgs, world: &World) -> Result<Trained> {
+fn train(objective: Objective, args: &TrainArgs, world: &World) -> Result<Summary> {
     let settings = || {
         let options = with_config_file(args.config.as_deref(), &args.options)?;
         let mut plan = Plan::new(objective, &options, args)?;
@@ -137,9 +141,14 @@ fn train(objective: Objective, args: &TrainArgs, world: &World) -> Result<Traine
         Ok((options, plan))
     };
     let (options, plan) = world.agree(settings())?;
+    if args.dry_run {
+        world.agree(dry_run::check_world(world))?;
+        let planned = with_threads(args.common.threads, || dry_run::plan(objective, &options, &plan, world))?;
+        return Ok(Summary::Planned(Box::new(planned)));
+    }
     let threads = world.default_threads()?;
     let outcome = with_threads(args.common.threads.or(threads), || trainer::train(objective, &options, &plan, world))?;
-    Trained::new(plan.output, &outcome)
+    Trained::new(plan.output, &outcome).map(Summary::Trained)
 }
 
 impl Trained {
@@ -184,6 +193,7 @@ impl std::fmt::Display for Summary {
                 write!(f, "wrote {student} to `{}` ({bytes} bytes)", output.display())
             }
             Self::Imported(imported) => imported.fmt(f),
+            Self::Planned(planned) => planned.fmt(f),
             Self::Trained(trained) => {
                 let run = trained.output.display();
                 match (&trained.final_losses, trained.already_finished) {

@@ -37,19 +37,21 @@ pub(crate) struct Trace {
     pub(crate) tensors: BTreeMap<String, Vec<f64>>,
 }
 
-fn config(objective: Objective) -> Result<Config> {
+/// The script's settings, and `more`.
+pub(crate) fn config(objective: Objective, more: Options) -> Result<Config> {
     let options = Options {
         batch_size: Some(8),
         bn_groups: Some(2),
         head_hidden: Some(64),
         embedding_dim: Some(32),
         queue_size: Some(QUEUE),
-        ..Options::default()
+        ..more
     };
     Ok(Config::new(objective, &options, None)?)
 }
 
-fn batch(config: &Config, step: u64) -> Result<Batch> {
+/// What the script feeds to a step.
+pub(crate) fn batch(config: &Config, step: u64) -> Result<Batch> {
     let (size, width) = (config.batch_size, config.embedding_dim);
     let view = |which: &str| values(&format!("view {which} {step}"), &[size, SIZE, SIZE, 3], -2.0, 2.0);
     let target = |which: &str| unit_rows(&format!("teacher {which} {step}"), size, width);
@@ -90,15 +92,25 @@ fn relative(found: f32, golden: f32) -> f64 {
     (f64::from(found) - f64::from(golden)).abs() / f64::from(golden).abs().max(1e-30)
 }
 
-/// Makes the steps of a trace of momentum contrast.
-pub(crate) fn check(config: &Config, golden: &Trace, shuffles: &[Vec<u32>], momentum_tolerance: f64) -> Result<()> {
+/// The state of momentum contrast that the scripts start from.
+pub(crate) fn state(config: &Config) -> Result<TrainingState> {
     let query = query(config)?;
     let (MethodConfig::MocoV2(moco) | MethodConfig::MocoV1(moco)) = &config.method else {
         anyhow::bail!("another method")
     };
     let queue = Queue::from_keys(unit_rows("queue", QUEUE, config.embedding_dim)?, 0)?;
     let moco = Moco::from_parts(moco, &query, queue)?;
-    let mut state = TrainingState::from_parts(query, Method::Moco(Box::new(moco)), config)?;
+    Ok(TrainingState::from_parts(query, Method::Moco(Box::new(moco)), config)?)
+}
+
+/// The orders in which the key encoder sees the samples.
+pub(crate) fn shuffles() -> Result<Vec<Vec<u32>>> {
+    Ok(golden()?.shuffles)
+}
+
+/// Makes the steps of a trace of momentum contrast.
+pub(crate) fn check(config: &Config, golden: &Trace, shuffles: &[Vec<u32>], momentum_tolerance: f64) -> Result<()> {
+    let mut state = state(config)?;
     for (step, (golden, shuffle)) in golden.losses.iter().zip(shuffles).enumerate() {
         let found = state.step(&batch(config, step as u64)?, shuffle, config.optimisation.lr)?;
         check_losses(step, &found, golden);
@@ -149,11 +161,11 @@ fn golden() -> Result<Golden> {
 #[test]
 fn three_disco_steps_equal_pytorch() -> Result<()> {
     let golden = golden()?;
-    check(&config(Objective::Distill)?, &golden.distill, &golden.shuffles, MOMENTUM_TOLERANCE)
+    check(&config(Objective::Distill, Options::default())?, &golden.distill, &golden.shuffles, MOMENTUM_TOLERANCE)
 }
 
 #[test]
 fn three_moco_steps_equal_pytorch() -> Result<()> {
     let golden = golden()?;
-    check(&config(Objective::Pretrain)?, &golden.pretrain, &golden.shuffles, MOMENTUM_TOLERANCE)
+    check(&config(Objective::Pretrain, Options::default())?, &golden.pretrain, &golden.shuffles, MOMENTUM_TOLERANCE)
 }
