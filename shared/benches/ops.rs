@@ -273,6 +273,23 @@ fn pools_and_rows(criterion: &mut Criterion) -> Result<()> {
     })
 }
 
+/// What a step of SwAV does to scores: 256 samples against 3000 prototypes, behind a queue of 3840.
+fn assignments(criterion: &mut Criterion) -> Result<()> {
+    let scores = pixels(&[3840 + 256, 3000])?;
+    criterion.bench_function("sinkhorn N=4096 P=3000", |bencher| {
+        bencher.iter(|| losses::sinkhorn(&scores, 0.05, 3, 256).expect(FITS));
+    });
+    let logits = Var::from_tensor(&pixels(&[256, 3000])?)?;
+    let targets = losses::sinkhorn(&logits, 0.05, 3, 256)?;
+    criterion.bench_function("soft_cross_entropy B=256 P=3000, forward and backward", |bencher| {
+        bencher.iter(|| {
+            let loss = losses::soft_cross_entropy(&logits, &targets, 0.1).expect(FITS);
+            loss.backward().expect(FITS)
+        });
+    });
+    Ok(())
+}
+
 fn contrast_and_updates(criterion: &mut Criterion) -> Result<()> {
     let pass = Pass { mode: Mode::Eval, record: false, engine: Engine::Cpu };
     let rows = |count: usize| ops::l2_normalise(&pixels(&[count, 128])?, &pass);
@@ -282,8 +299,14 @@ fn contrast_and_updates(criterion: &mut Criterion) -> Result<()> {
         bencher.iter(|| step().expect(FITS));
     });
     let [parameter, gradient, momentum] = [pixels(&[5_000_000])?, pixels(&[5_000_000])?, pixels(&[5_000_000])?];
+    let step = ops::DescentStep { momentum: 0.9, nesterov: false, weight_decay: 1e-4, scale: 1.0, lr: 1e-9 };
     criterion.bench_function("sgd of 5 million parameters", |bencher| {
-        bencher.iter(|| ops::sgd_in_place(&parameter, &gradient, &momentum, 0.9, 1e-4, 1e-9).expect(FITS));
+        bencher.iter(|| ops::descend_in_place(&parameter, &gradient, &momentum, &step).expect(FITS));
+    });
+    let square = gradient.sqr()?;
+    let step = ops::AdamStep { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 1e-4, lr: 1e-9, step: 1 };
+    criterion.bench_function("adamw of 5 million parameters", |bencher| {
+        bencher.iter(|| ops::adamw_in_place(&parameter, &gradient, [&momentum, &square], &step).expect(FITS));
     });
     criterion.bench_function("ema of 5 million parameters", |bencher| {
         bencher.iter(|| ops::ema_in_place(&parameter, &gradient, 0.999).expect(FITS));
@@ -320,6 +343,7 @@ fn all(criterion: &mut Criterion) {
         inverted_residual_blocks,
         blocks_of_transformers,
         pools_and_rows,
+        assignments,
         contrast_and_updates,
         networks,
     ] {

@@ -8,9 +8,10 @@
 //!                         process so far (Linux), `isa`, `threads`, and how far the embeddings spread: `embedding_spread`,
 //!                         `queue_similarity`; differs from run to run, so the manifest does not list it
 //! tensorboard/            the same numbers for `TensorBoard`, see [`crate::tensorboard`]; not listed for the same reason
-//! checkpoints/            see [`crate::checkpoint`]; tensors `query.*`, `key.*`, `sgd.*`, `queue`; of
-//!                         `SwAV` `prototypes.weight` and `swav_queue.*` in place of key encoder and queue
-//! student.safetensors     the backbone of the query encoder, names of torchvision and timm
+//! checkpoints/            see [`crate::checkpoint`]; tensors `query.*`, `key.*`, `queue`, `ema.*` of the averaged student, and the
+//!                         optimiser's behind its name (`sgd.*`); of `SwAV` `prototypes.weight` and `swav_queue.*` in
+//!                         place of key encoder and queue
+//! student.safetensors     the backbone of the query encoder or of its average, names of torchvision and timm
 //! student-best.safetensors  the same when the probe was best: [`BestStudent`]
 //! ```
 
@@ -42,14 +43,16 @@ pub const TIMING_FILE: &str = "timing.jsonl";
 pub const CONFIG_FILE: &str = "config.toml";
 /// What the names of the query encoder's tensors begin with in a checkpoint.
 pub const QUERY_PREFIX: &str = "query.";
+/// What the names of the averaged student's tensors begin with in a checkpoint.
+pub const AVERAGE_PREFIX: &str = "ema.";
 
 /// What a run trains for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Objective {
-    /// Contrast alone: `MoCo` v2.
+    /// A self-supervised method alone.
     Pretrain,
-    /// Contrast and agreement with a teacher: `DisCo`.
+    /// Agreement with a teacher, beside a self-supervised method or alone.
     Distill,
 }
 
@@ -82,6 +85,8 @@ impl Losses {
     pub const DISTILL_Q: &'static str = "distill_q";
     /// As `distill_q`, on the key's view.
     pub const DISTILL_K: &'static str = "distill_k";
+    /// The norm of all gradients together, before it was clipped.
+    pub const GRADIENT_NORM: &'static str = "grad_norm";
 
     /// The cross entropy of predicted cluster assignments, mean over pairs of crops.
     pub const SWAPPED_PREDICTION: &'static str = "swapped_prediction";
@@ -225,6 +230,10 @@ pub struct RunDetails {
     pub image_size: [usize; 2],
     /// The tensors of the last checkpoint, relative to the run.
     pub checkpoint: String,
+    /// Whether the student is a moving average of the query encoder, `ema.*` in the checkpoint. The exported backbone and
+    /// [`Run::encoder`] are the average then.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub averaged: bool,
     /// Means over the last epoch.
     #[serde(rename = "final")]
     pub final_losses: Losses,
@@ -320,14 +329,26 @@ impl Run {
         Ok(encoder)
     }
 
-    /// The trained encoder with its head: a teacher for others.
+    /// The trained encoder with its head, a teacher for others: the moving average where the run kept one.
+    ///
+    /// # Errors
+    /// As [`Run::student`].
+    pub fn encoder(&self) -> Result<Encoder> {
+        self.encoder_behind(if self.details.averaged { AVERAGE_PREFIX } else { QUERY_PREFIX })
+    }
+
+    /// The query encoder with its head as the last step left it.
     ///
     /// # Errors
     /// As [`Run::student`].
     pub fn query_encoder(&self) -> Result<Encoder> {
+        self.encoder_behind(QUERY_PREFIX)
+    }
+
+    fn encoder_behind(&self, prefix: &str) -> Result<Encoder> {
         let RunDetails { arch, checkpoint, .. } = &self.details;
         let encoder = Encoder::new(*arch, Some(self.details.head()), 0)?;
-        encoder.store().load(&prefixed(&TensorFile::open(self.directory.join(checkpoint))?, QUERY_PREFIX)?)?;
+        encoder.store().load(&prefixed(&TensorFile::open(self.directory.join(checkpoint))?, prefix)?)?;
         Ok(encoder)
     }
 

@@ -7,8 +7,9 @@ use serde::{Deserialize, Deserializer, Serialize};
 use shared::cli::{CommonArgs, ComputeArgs};
 use shared::data_loader::Order;
 use shared::models::Arch;
+use shared::optim::NoDecay;
 
-use crate::config::{DistillTerms, DistillViews, Ensemble, MethodName, TimeLimit};
+use crate::config::{CurveName, DistillTerms, DistillViews, Ensemble, MethodName, OptimizerName, TimeLimit};
 
 /// Trains small vision models without labels, alone or under a teacher
 #[derive(Debug, Clone, Parser)]
@@ -44,8 +45,8 @@ pub enum Command {
     Pretrain(TrainArgs),
     /// Write the student of a finished run as one file for other programs
     ///
-    /// The file holds the backbone alone, without the projection head, as it was at the end of the training; an ONNX graph can have
-    /// both. The same run and options give the same bytes.
+    /// The file holds the backbone alone, without the projection head, as it was at the end of the training, or its moving average
+    /// where the run kept one; an ONNX graph can have both backbone and head. The same run and options give the same bytes.
     Export(ExportArgs),
     /// Write the backbone of a checkpoint of timm, torchvision or others as a student's file
     Import(ImportArgs),
@@ -66,6 +67,9 @@ pub struct TrainArgs {
     /// How to compute.
     #[command(flatten)]
     pub compute: ComputeArgs,
+    /// Print the resolved configuration, what the run needs and how its directory would be found; write nothing
+    #[arg(long)]
+    pub dry_run: bool,
     /// Stop after this many steps as if killed, leaving the run unfinished (to test resuming)
     #[arg(long, value_name = "N", hide = true)]
     pub stop_after_steps: Option<u64>,
@@ -147,25 +151,105 @@ pub struct Options {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bn_groups: Option<usize>,
 
-    /// Learning rate at the start; it is meant for batches of 256 and is never scaled [default: 0.03]
+    /// How gradients become steps [default: sgd]
+    ///
+    /// Batches of thousands want lars or larc; transformers adamw.
+    #[arg(long, value_name = "RULE", help_heading = "Optimisation")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub optimizer: Option<OptimizerName>,
+
+    /// Learning rate, after the warm-up; it is never scaled [default: 0.03, for sgd and batches of 256]
     #[arg(long, value_name = "X", help_heading = "Optimisation")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lr: Option<f64>,
+
+    /// How the rate goes on after the warm-up [default: cosine]
+    #[arg(long, value_name = "CURVE", help_heading = "Optimisation")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub schedule: Option<CurveName>,
 
     /// When the rate moves along its cosine [default: epoch]
     #[arg(long, value_name = "UNIT", help_heading = "Optimisation")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lr_unit: Option<LrUnit>,
 
-    /// Momentum of the gradient descent [default: 0.9]
+    /// Rate at the end of the cosine [default: 0]
+    #[arg(long, value_name = "X", help_heading = "Optimisation")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub final_lr: Option<f64>,
+
+    /// Epochs, separated by commas, at whose start `--schedule steps` multiplies the rate
+    #[arg(long, value_name = "EPOCHS", help_heading = "Optimisation", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub milestones: Option<Vec<u64>>,
+
+    /// What `--schedule steps` multiplies the rate by [default: 0.1]
+    #[arg(long, value_name = "X", help_heading = "Optimisation")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lr_factor: Option<f64>,
+
+    /// Epochs in which the rate grows linearly, step by step, up to `--lr` [default: 0]
+    #[arg(long, value_name = "N", help_heading = "Optimisation")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub warmup_epochs: Option<u64>,
+
+    /// Rate in the first step of the warm-up [default: 0]
+    #[arg(long, value_name = "X", help_heading = "Optimisation")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub warmup_start_lr: Option<f64>,
+
+    /// Momentum of sgd, lars and larc [default: 0.9]
     #[arg(long, value_name = "X", help_heading = "Optimisation")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub momentum: Option<f64>,
 
-    /// Weight decay, on all parameters [default: 0.0001]
+    /// Nesterov's momentum, for sgd and larc
+    #[arg(long, value_name = "BOOL", help_heading = "Optimisation", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nesterov: Option<bool>,
+
+    /// Length of a step of lars and larc relative to a parameter's, at rate 1 [default: 0.001]
+    #[arg(long, value_name = "X", help_heading = "Optimisation")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trust_coefficient: Option<f64>,
+
+    /// What adamw keeps of the mean gradient in a step [default: 0.9]
+    #[arg(long, value_name = "X", help_heading = "Optimisation")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub beta1: Option<f64>,
+
+    /// What adamw keeps of the mean squared gradient in a step [default: 0.999]
+    #[arg(long, value_name = "X", help_heading = "Optimisation")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub beta2: Option<f64>,
+
+    /// What adamw adds to its divisor [default: 1e-8]
+    #[arg(long, value_name = "X", help_heading = "Optimisation")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adam_epsilon: Option<f64>,
+
+    /// Weight decay [default: 0.0001]
     #[arg(long, value_name = "X", help_heading = "Optimisation")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weight_decay: Option<f64>,
+
+    /// Parameters without weight decay; lars does not adapt the rate of these [default: none; for lars norm-and-bias]
+    #[arg(long, value_name = "WHICH", help_heading = "Optimisation")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub no_decay: Option<NoDecay>,
+
+    /// Shorten the gradients of a step, over all networks, to this norm [default: as they are]
+    #[arg(long, value_name = "X", help_heading = "Optimisation")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clip_norm: Option<f64>,
+
+    /// Keep a moving average of the student's parameters, which keeps this much of itself in a step [default: no average]
+    ///
+    /// The average is the student that the run exports and that is evaluated; batch-norm statistics are copied, not averaged. The
+    /// last weights stay in the checkpoint: `student-train export --weights last`.
+    #[arg(long, value_name = "X", help_heading = "Optimisation")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ema_decay: Option<f64>,
 
     /// Order in which an epoch takes the samples [default: random]
     ///
@@ -371,6 +455,16 @@ pub enum ExportFormat {
     Onnx,
 }
 
+/// Which weights of a run are exported.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum ExportedWeights {
+    /// The student that was evaluated: the moving average of a run with `--ema-decay`, otherwise the last weights
+    #[default]
+    Student,
+    /// Those that the last step left
+    Last,
+}
+
 /// Whose names the tensors of an exported student bear.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum TensorNames {
@@ -397,6 +491,9 @@ pub struct ExportArgs {
     /// Names of the tensors
     #[arg(long, value_enum, default_value_t, value_name = "WHOSE")]
     pub names: TensorNames,
+    /// Weights of a run with `--ema-decay`: the average or the last
+    #[arg(long, value_enum, default_value_t, value_name = "WHICH")]
+    pub weights: ExportedWeights,
     /// Side of the images that an ONNX graph takes, in pixels [default: that of the run's views]
     #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u16).range(1..))]
     pub size: Option<u16>,
@@ -479,7 +576,7 @@ mod tests {
             .get_arguments()
             .filter_map(|arg| arg.get_long().map(String::from))
             .filter(|flag| {
-                !["config", "threads", "isa", "json", "quiet", "overwrite", "stop-after-steps", "help"]
+                !["config", "threads", "isa", "json", "quiet", "overwrite", "stop-after-steps", "dry-run", "help"]
                     .contains(&flag.as_str())
             })
             .collect();
@@ -488,6 +585,7 @@ mod tests {
             let values = [
                 "1",
                 "true",
+                "[1]",
                 "\"resnet18\"",
                 "\"step\"",
                 "\"quasi\"",
@@ -496,6 +594,8 @@ mod tests {
                 "\"mse=1\"",
                 "\"query\"",
                 "\"mean\"",
+                "\"sgd\"",
+                "\"cosine\"",
             ];
             let known = values.iter().any(|value| toml::from_str::<Options>(&format!("{key} = {value}")).is_ok());
             assert!(known, "`{key}` is a flag and no key");

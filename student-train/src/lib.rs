@@ -1,9 +1,10 @@
 //! Trains small vision models without labels: stage three of four.
 //!
 //! The stage reads a shard set and, to distill, the embedding set that a teacher made of it. Each step takes two stored views of every sample
-//! of a batch. A query encoder learns to tell the two views of a sample from a queue of other samples' views and, when there is
-//! a teacher, to give both views the teacher's embeddings; a key encoder follows it slowly and feeds the queue. The result is a
-//! run: a directory with the student, the losses, checkpoints and a manifest. A killed run resumes to the same bytes.
+//! of a batch. By momentum contrast, a query encoder learns to tell the two views of a sample from a queue of other samples' views;
+//! a key encoder follows it slowly and feeds the queue. By `SwAV` it learns to predict from one crop what prototypes another one is
+//! assigned to. When there is a teacher, it learns to give both views the teacher's embeddings. The result is a run: a directory
+//! with the student, the losses, checkpoints and a manifest. A killed run resumes to the same bytes.
 //!
 //! Weights of other programs come in by `import`, or directly as the start of a run; students leave by `export`.
 
@@ -12,6 +13,7 @@ pub mod averaging;
 pub mod batches;
 pub mod config;
 pub mod distillation;
+pub mod dry_run;
 pub mod export;
 pub mod import;
 pub mod init;
@@ -42,6 +44,7 @@ use shared::{Error, Result};
 
 pub use args::{Args, Command, ExportArgs, ImportArgs, Options, TrainArgs};
 pub use config::{Config, Plan};
+pub use dry_run::Planned;
 pub use export::Exported;
 pub use import::Imported;
 pub use stopping::StopReason;
@@ -54,6 +57,8 @@ pub use trainer::Outcome;
 pub enum Summary {
     /// `pretrain` or `distill`.
     Trained(Trained),
+    /// The same with `--dry-run`.
+    Planned(Box<Planned>),
     /// `export`.
     Exported(Exported),
     /// `import`.
@@ -108,8 +113,8 @@ pub fn run(args: &Args) -> Result<Summary> {
 /// As [`run`]; [`Error::Usage`] for commands that are of no use to several ranks.
 pub fn run_in(args: &Args, world: &World) -> Result<Summary> {
     match &args.command {
-        Command::Distill(args) => train(Objective::Distill, args, world).map(Summary::Trained),
-        Command::Pretrain(args) => train(Objective::Pretrain, args, world).map(Summary::Trained),
+        Command::Distill(args) => train(Objective::Distill, args, world),
+        Command::Pretrain(args) => train(Objective::Pretrain, args, world),
         Command::Export(_) | Command::Import(_) if !world.is_alone() => world
             .agree(Err(Error::usage("`export` and `import` run in one process: start them without an MPI launcher"))),
         Command::Export(args) => export::export(args).map(Summary::Exported),
@@ -137,7 +142,7 @@ pub fn run_and_print(args: &Args, world: &World) -> Result<()> {
     if json { print_json(&summary) } else { print(&summary.to_string()) }
 }
 
-fn train(objective: Objective, args: &TrainArgs, world: &World) -> Result<Trained> {
+fn train(objective: Objective, args: &TrainArgs, world: &World) -> Result<Summary> {
     let settings = || {
         let options = with_config_file(args.config.as_deref(), &args.options)?;
         let mut plan = Plan::new(objective, &options, args)?;
@@ -146,9 +151,14 @@ fn train(objective: Objective, args: &TrainArgs, world: &World) -> Result<Traine
         Ok((options, plan))
     };
     let (options, plan) = world.agree(settings())?;
+    if args.dry_run {
+        world.agree(dry_run::check_world(world))?;
+        let planned = with_threads(args.common.threads, || dry_run::plan(objective, &options, &plan, world))?;
+        return Ok(Summary::Planned(Box::new(planned)));
+    }
     let threads = world.default_threads()?;
     let outcome = with_threads(args.common.threads.or(threads), || trainer::train(objective, &options, &plan, world))?;
-    Trained::new(plan.output, &outcome)
+    Trained::new(plan.output, &outcome).map(Summary::Trained)
 }
 
 impl Trained {
@@ -197,6 +207,7 @@ impl std::fmt::Display for Summary {
                 write!(f, "wrote {student} to `{}` ({bytes} bytes)", output.display())
             }
             Self::Imported(imported) => imported.fmt(f),
+            Self::Planned(planned) => planned.fmt(f),
             Self::Trained(trained) => {
                 let run = trained.output.display();
                 match (&trained.final_losses, trained.already_finished) {

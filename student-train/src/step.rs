@@ -6,20 +6,18 @@ use candle_core::Tensor;
 use shared::checkpoint::Checkpoint;
 use shared::distributed::World;
 use shared::models::Encoder;
-use shared::optim::{Sgd, SgdConfig};
+use shared::optim::{Optimizer, average_update, clip_gradients, gradient_norm};
 use shared::rng::KeyedRng;
-use shared::run::{Losses, QUERY_PREFIX, prefixed};
+use shared::run::{AVERAGE_PREFIX, Losses, QUERY_PREFIX, prefixed};
 use shared::{Error, Fault, Result};
 
 use crate::averaging::average;
-use crate::config::{Config, OptimisationConfig};
+use crate::config::Config;
 use crate::distillation::Distillation;
 use crate::method::{Counters, Method, StepInput};
 use crate::spread::Observed;
 use crate::trainable::{GradientSum, Trainable};
 
-/// What the names of the optimiser's momenta begin with in a checkpoint.
-pub const SGD_PREFIX: &str = "sgd.";
 /// The name of the student among what learns.
 pub const QUERY_NAME: &str = "query";
 
@@ -42,14 +40,22 @@ pub struct Batch {
     pub shuffled_keys: Option<Tensor>,
 }
 
+/// A student whose parameters are a moving average of the query encoder's.
+#[derive(Debug)]
+struct Average {
+    student: Encoder,
+    decay: f64,
+}
+
 /// All that changes from step to step.
 #[derive(Debug)]
 pub struct TrainingState {
     query: Encoder,
     method: Method,
     distillation: Option<Distillation>,
-    /// Of every trainable network, by its name.
-    optimizers: BTreeMap<&'static str, Sgd>,
+    optimizer: Optimizer,
+    clip_norm: Option<f64>,
+    average: Option<Average>,
     bn_groups: usize,
     accumulate: usize,
     observed: Observed,
@@ -72,21 +78,21 @@ impl TrainingState {
     /// # Errors
     /// Only if a tensor operation fails.
     pub fn from_parts(query: Encoder, method: Method, config: &Config) -> Result<Self> {
-        let distillation = Distillation::new(config)?;
-        let mut state = Self {
+        let optimisation = &config.optimisation;
+        let average =
+            optimisation.ema_decay.map(|decay| Ok::<_, Error>(Average { student: query.momentum_copy()?, decay }));
+        Ok(Self {
+            average: average.transpose()?,
             query,
             method,
-            distillation,
-            optimizers: BTreeMap::new(),
+            distillation: Distillation::new(config)?,
+            optimizer: Optimizer::new(optimisation.optimizer()),
+            clip_norm: optimisation.clip_norm,
             bn_groups: config.bn_groups,
             accumulate: config.accumulate,
             observed: Observed::default(),
             world: World::alone(),
-        };
-        let OptimisationConfig { momentum, weight_decay, .. } = config.optimisation;
-        let sgd = || Sgd::new(SgdConfig { momentum, weight_decay });
-        state.optimizers = state.trainables().into_iter().map(|trainable| (trainable.name, sgd())).collect();
-        Ok(state)
+        })
     }
 
     /// The same state, one of the equal states of ranks that train together: each step takes a share of a batch.
@@ -103,6 +109,11 @@ impl TrainingState {
     /// What is seen of the embeddings of the next step, or was of the last.
     pub fn observed(&self) -> &Observed {
         &self.observed
+    }
+
+    /// The encoder that the run exports and that is evaluated: the moving average where there is one.
+    pub fn student(&self) -> &Encoder {
+        self.average.as_ref().map_or(&self.query, |average| &average.student)
     }
 
     /// What the teacher adds to the loss, if there is one.
@@ -124,6 +135,9 @@ impl TrainingState {
         let mut all = self.query.store().to_tensors()?;
         all.extend(tensors.iter().map(|(name, tensor)| (name.clone(), tensor.clone())));
         self.query.store().load(&all)?;
+        if let Some(average) = &self.average {
+            average.student.store().copy_from(self.query.store())?;
+        }
         self.method.restart(&self.query)
     }
 
@@ -137,15 +151,15 @@ impl TrainingState {
 
     /// Makes one step and returns the losses that it minimised.
     ///
-    /// In this order: the method's forward and backward passes with the teacher's terms, means over the ranks, descent, what the
-    /// method does after a step.
+    /// In this order: the method's forward and backward passes with the teacher's terms, means over the ranks, clipping, descent,
+    /// the average of the student, what method and distillation do after a step.
     ///
     /// # Shapes
     /// - `shuffle`: a permutation of `0..B`, all ranks' rows, see [`batch_shuffle`]
     ///
     /// # Errors
-    /// [`Error::Invalid`] when the loss is not finite, before the parameters move, with the samples of the first rank where it
-    /// happened; [`Error::Shape`] when the batch does not fit.
+    /// [`Error::Invalid`] when the loss, a clipped gradient or a parameter is not finite, for a loss with the samples of the first
+    /// rank where it happened: the state must not be saved then; [`Error::Shape`] when the batch does not fit.
     pub fn step(&mut self, batch: &Batch, shuffle: &[u32], lr: f64) -> Result<Losses> {
         let mut gradients = GradientSum::new(self.trainables());
         let input = StepInput {
@@ -164,13 +178,29 @@ impl TrainingState {
         networks.extend(self.method.followers());
         average(&self.world, &mut losses, &mut gradients, &networks)?;
         if !losses.loss.is_finite() {
-            self.world.agree(if own.loss.is_finite() { Ok(()) } else { Err(not_finite(&own, batch)) })?;
-            return Err(not_finite(&losses, batch));
+            let stop = |losses: &Losses| not_finite(&format!("the loss became {}", losses.loss), losses, batch);
+            self.world.agree(if own.loss.is_finite() { Ok(()) } else { Err(stop(&own)) })?;
+            return Err(stop(&losses));
+        }
+        if let Some(limit) = self.clip_norm {
+            let norm = gradient_norm(gradients.iter().map(|(_, gradients)| gradients))?;
+            losses.terms.insert(Losses::GRADIENT_NORM.into(), norm as f32);
+            if !norm.is_finite() {
+                return Err(not_finite("a gradient is not finite", &losses, batch));
+            }
+            clip_gradients(gradients.iter().map(|(_, gradients)| gradients), norm, limit)?;
         }
         for (trainable, gradients) in gradients.iter() {
-            if let Some(optimizer) = self.optimizers.get_mut(trainable.name) {
-                optimizer.step(&trainable.store, gradients, lr)?;
+            self.optimizer.step(trainable.name, &trainable.store, gradients, lr)?;
+        }
+        for Trainable { name: network, store } in self.trainables() {
+            if let Some(name) = store.first_not_finite()? {
+                let what = format!("the parameter `{network}.{name}` is not finite any more");
+                return Err(not_finite(&what, &losses, batch));
             }
+        }
+        if let Some(Average { student, decay }) = &self.average {
+            average_update(student.store(), self.query.store(), *decay)?;
         }
         self.method.after_step()?;
         if let Some(distillation) = &mut self.distillation {
@@ -188,15 +218,35 @@ impl TrainingState {
         let mut tensors: BTreeMap<String, Tensor> =
             query.into_iter().map(|(name, tensor)| (format!("{QUERY_PREFIX}{name}"), tensor)).collect();
         tensors.extend(self.method.to_tensors()?);
+        if let Some(average) = &self.average {
+            let average = average.student.store().to_tensors()?;
+            tensors.extend(average.into_iter().map(|(name, tensor)| (format!("{AVERAGE_PREFIX}{name}"), tensor)));
+        }
         if let Some(distillation) = &self.distillation {
             tensors.extend(distillation.to_tensors()?);
         }
         for Trainable { name: network, store } in self.trainables() {
-            let Some(optimizer) = self.optimizers.get(network) else { continue };
-            let momenta = optimizer.to_tensors(&store)?;
-            tensors.extend(momenta.into_iter().map(|(name, tensor)| (format!("{SGD_PREFIX}{network}.{name}"), tensor)));
+            let prefix = self.optimizer.prefix(network);
+            let state = self.optimizer.to_tensors(network, &store)?;
+            tensors.extend(state.into_iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor)));
         }
         Ok(tensors)
+    }
+
+    /// Trainable values of all networks, the student's head and the method's own included.
+    pub fn num_parameters(&self) -> usize {
+        self.trainables().iter().map(|trainable| trainable.store.num_parameters()).sum()
+    }
+
+    /// Bytes of the tensors of a checkpoint after the first step, and of the state in memory.
+    ///
+    /// # Errors
+    /// Only if a tensor operation fails.
+    pub fn checkpoint_bytes(&self) -> Result<u64> {
+        let bytes = |tensor: &Tensor| (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64;
+        let tensors = self.to_tensors()?.values().map(bytes).sum::<u64>();
+        let learnt = (self.num_parameters() * size_of::<f32>()) as u64;
+        Ok(tensors + learnt * self.optimizer.config().rule.buffers())
     }
 
     /// All numbers of a checkpoint.
@@ -214,13 +264,15 @@ impl TrainingState {
         let file = &checkpoint.tensors;
         self.query.store().load(&prefixed(file, QUERY_PREFIX)?)?;
         self.method.load(file, counters)?;
+        if let Some(average) = &self.average {
+            average.student.store().load(&prefixed(file, AVERAGE_PREFIX)?)?;
+        }
         if let Some(distillation) = &mut self.distillation {
             distillation.load(file, counters)?;
         }
         for Trainable { name: network, store } in self.trainables() {
-            if let Some(optimizer) = self.optimizers.get_mut(network) {
-                optimizer.load(&store, &prefixed(file, &format!("{SGD_PREFIX}{network}."))?)?;
-            }
+            let tensors = prefixed(file, &self.optimizer.prefix(network))?;
+            self.optimizer.load(network, &store, &tensors)?;
         }
         let known = self.to_tensors()?;
         match file.names().into_iter().find(|name| !known.contains_key(name)) {
@@ -237,20 +289,15 @@ pub fn batch_shuffle(batch_size: usize, seed: u64, step: u64) -> Vec<u32> {
     order
 }
 
-fn not_finite(losses: &Losses, batch: &Batch) -> Error {
-    const LISTED: usize = 4;
+/// What stopped, in one sentence; the samples are named so that they can be looked at.
+fn not_finite(what: &str, losses: &Losses, batch: &Batch) -> Error {
+    const LISTED: usize = 256;
     let ids: Vec<String> = batch.sample_ids.iter().take(LISTED).map(|id| format!("{id:016x}")).collect();
     let more = batch.sample_ids.len().saturating_sub(LISTED);
     let more = if more > 0 { format!(" and {more} more") } else { String::new() };
     let terms: Vec<String> = losses.terms.iter().map(|(name, value)| format!("{name} {value}")).collect();
     Error::invalid(
-        format!(
-            "the loss became {} ({}) in step {} on the samples {}{more}",
-            losses.loss,
-            terms.join(", "),
-            batch.step + 1,
-            ids.join(", ")
-        ),
-        "start again with `--overwrite` and a lower `--lr`",
+        format!("{what} ({}) in step {} on the samples {}{more}", terms.join(", "), batch.step + 1, ids.join(", ")),
+        "lower `--lr`, warm it up by `--warmup-epochs` or clip gradients by `--clip-norm`, and start again with `--overwrite`",
     )
 }

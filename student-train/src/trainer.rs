@@ -3,7 +3,7 @@
 //! Order when starting, which is also the order when resuming:
 //! 1. the shard set, the embedding set made from it, the configuration that follows from both, and the weights to start from;
 //! 2. the run's directory: locked, compared with what is asked for, finished or not;
-//! 3. the newest checkpoint that is whole: query and key encoder, momenta, queue and its pointer; if there is none, the
+//! 3. the newest checkpoint that is whole: encoders, prototypes, momenta, queues and their pointers; if there is none, the
 //!    weights to start from;
 //! 4. `metrics.jsonl`, cut back to that checkpoint;
 //! 5. the batches from its step on, made ahead;
@@ -34,13 +34,12 @@ use shared::progress::note;
 use shared::run::{
     BEST_STUDENT_FILE, BestStudent, CONFIG_FILE, Losses, METRICS_FILE, Objective, RunDetails, StepMetrics,
 };
-use shared::schedule::Cosine;
 use shared::shard::ShardSet;
 use shared::{Error, Fault, Result};
 
-use crate::args::{LrUnit, Options};
+use crate::args::Options;
 use crate::batches::{Batches, queue_advice};
-use crate::config::{Config, OptimisationConfig, Plan};
+use crate::config::{Config, Plan};
 use crate::export::{write_best, write_student};
 use crate::init::Init;
 use crate::method::Counters;
@@ -110,16 +109,17 @@ pub fn train(objective: Objective, options: &Options, plan: &Plan, world: &World
 }
 
 /// What a run is made from.
-struct Inputs {
-    config: Config,
-    init: Option<Init>,
-    batches: Arc<Batches>,
-    identity: Identity,
-    probe: Option<Probe>,
+pub(crate) struct Inputs {
+    pub(crate) config: Config,
+    pub(crate) init: Option<Init>,
+    pub(crate) batches: Arc<Batches>,
+    pub(crate) identity: Identity,
+    pub(crate) probe: Option<Probe>,
 }
 
 impl Inputs {
-    fn find(objective: Objective, options: &Options, plan: &Plan, world: &World) -> Result<Self> {
+    /// Opens the inputs, checks them against each other, and resolves the configuration; writes nothing.
+    pub(crate) fn find(objective: Objective, options: &Options, plan: &Plan, world: &World) -> Result<Self> {
         let shards = ShardSet::open(&plan.shards)?;
         let teachers = Teachers::open(&plan.embeddings, &shards, options.ensemble)?;
         let config = Config::new(objective, options, teachers.as_ref().map(Teachers::embedding_dim))?;
@@ -281,10 +281,10 @@ impl<'a> Trainer<'a> {
         if let Some(epoch) = epoch_end {
             self.last_epoch = Some(log.epoch(metrics)?);
             if let Some(probe) = probe.filter(|probe| probe.due(epoch, self.config.epochs)) {
-                let accuracy = probe.accuracy(self.state.query())?;
+                let accuracy = probe.accuracy(self.state.student())?;
                 log.probe(metrics.epoch, self.step, accuracy)?;
                 if best.as_ref().is_none_or(|best| accuracy.top1 > best.accuracy.top1) {
-                    let file = write_best(&self.plan.output, self.state.query(), image_size)?;
+                    let file = write_best(&self.plan.output, self.state.student(), image_size)?;
                     *best = Some(BestStudent { epoch: metrics.epoch, step: self.step, accuracy, file });
                 }
             }
@@ -321,20 +321,28 @@ impl<'a> Trainer<'a> {
         };
         let (batch, waited) = (batch?, asked.elapsed());
         let epoch = self.step / self.batches.steps_per_epoch();
-        let lr = self.lr(epoch);
+        let steps_per_epoch = self.batches.steps_per_epoch();
+        let lr = self.config.optimisation.schedule(self.config.epochs, steps_per_epoch).lr(self.step);
         let shuffle = batch_shuffle(self.config.batch_size, self.config.seed, self.step);
-        let losses = self.state.step(&batch, &shuffle, lr)?;
+        let losses = self.state.step(&batch, &shuffle, lr).map_err(|error| self.with_last_checkpoint(error))?;
         self.step += 1;
         Ok((StepMetrics { step: self.step, epoch, lr, losses }, waited))
     }
 
-    fn lr(&self, epoch: u64) -> f64 {
-        let epochs = self.config.epochs;
-        let OptimisationConfig { lr, lr_unit, .. } = self.config.optimisation;
-        match lr_unit {
-            LrUnit::Epoch => Cosine { lr, total: epochs }.lr(epoch),
-            LrUnit::Step => Cosine { lr, total: epochs * self.batches.steps_per_epoch() }.lr(self.step),
-        }
+    /// Says of a step that cannot be used where the last state is that can.
+    fn with_last_checkpoint(&self, error: Error) -> Error {
+        let Error::Invalid { message, hint } = error else { return error };
+        let Some(Writer { saver, .. }) = &self.writer else { return Error::Invalid { message, hint } };
+        let checkpoints = saver.checkpoints();
+        let last = checkpoints.steps().ok().and_then(|steps| steps.last().copied());
+        let last = last.map_or_else(
+            || "there is no good checkpoint yet".into(),
+            |step| {
+                let path = checkpoints.directory().join(shared::checkpoint::tensors_file_name(step));
+                format!("the last good checkpoint is `{}`", path.display())
+            },
+        );
+        Error::Invalid { message: format!("{message}; {last}"), hint }
     }
 
     fn save(&mut self) -> Result<()> {
@@ -360,7 +368,7 @@ impl<'a> Trainer<'a> {
         let (Some(Writer { saver, log, best, config_file, .. }), Some(output)) = (self.writer, output) else {
             return Ok(None);
         };
-        let student = write_student(output.path(), self.state.query(), image_size)?;
+        let student = write_student(output.path(), self.state.student(), image_size)?;
         let directory = saver.checkpoints().directory();
         let mut files = vec![config_file, student];
         for name in [shared::checkpoint::tensors_file_name(self.step), shared::checkpoint::record_file_name(self.step)]
@@ -379,6 +387,7 @@ impl<'a> Trainer<'a> {
             embedding_dim: self.config.embedding_dim,
             image_size,
             checkpoint: format!("{CHECKPOINT_DIRECTORY}/{}", shared::checkpoint::tensors_file_name(self.step)),
+            averaged: self.config.optimisation.ema_decay.is_some(),
             final_losses: self.last_epoch.clone().unwrap_or_default(),
             best,
         };

@@ -65,7 +65,7 @@ impl Teacher {
     fn from_run(path: &Path, arch: Option<Arch>, method: Option<Method>) -> Result<Self> {
         let run = open_run(path)?;
         run.check_hash(&run.details().checkpoint)?;
-        let encoder = run.query_encoder()?;
+        let encoder = run.encoder()?;
         let head = encoder.head();
         let known = (encoder.arch(), method_of(run.details().head));
         let asked = (arch.unwrap_or(known.0), method.unwrap_or(known.1));

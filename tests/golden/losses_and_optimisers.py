@@ -1,4 +1,4 @@
-"""Golden values of both losses, of SGD with momentum and weight decay, and of the moving average, by PyTorch in f64.
+"""Golden values of both losses and of the moving average, by PyTorch in f64.
 
 Written with Python 3.11.7 and torch 2.15.0 on the CPU; the output states the version. All inputs come from formula.py, so there is no
 seed. Run: python tests/golden/losses_and_optimisers.py > tests/golden/losses_and_optimisers.json
@@ -7,7 +7,6 @@ seed. Run: python tests/golden/losses_and_optimisers.py > tests/golden/losses_an
 import json
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 from formula import fingerprint, parameter, unit_rows, values
@@ -41,22 +40,6 @@ def distillation():
     return {"loss": loss.item(), "gradient": fingerprint("q", gradient.numpy())}
 
 
-def sgd():
-    """Five steps with lr falling; then the buffers that a checkpoint would hold."""
-    parameters = {name: nn.Parameter(torch.from_numpy(parameter(name, shape)).double()) for name, shape in SHAPES.items()}
-    optimiser = torch.optim.SGD(parameters.values(), lr=0.1, momentum=0.9, weight_decay=1e-2)
-    for step in range(5):
-        optimiser.param_groups[0]["lr"] = 0.1 / (1 + step)
-        for name, p in parameters.items():
-            p.grad = torch.from_numpy(values(f"gradient {step} {name}", SHAPES[name], -1.0, 1.0)).double()
-        optimiser.step()
-    buffers = {name: optimiser.state[p]["momentum_buffer"] for name, p in parameters.items()}
-    return {
-        "parameters": {name: fingerprint(name, p.detach().numpy()) for name, p in parameters.items()},
-        "momenta": {name: fingerprint(name, x.numpy()) for name, x in buffers.items()},
-    }
-
-
 def ema():
     """Ten steps of momentum 0.99 towards a fixed query."""
     out = {}
@@ -74,7 +57,6 @@ def main():
         "versions": {"torch": torch.__version__},
         "info_nce": info_nce(),
         "distillation": distillation(),
-        "sgd": sgd(),
         "ema": ema(),
     }
     print(json.dumps(golden, indent=1))

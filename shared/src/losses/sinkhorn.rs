@@ -68,7 +68,9 @@ fn exponentials(scores: &mut [f32], prototypes: usize, epsilon: f64) -> Vec<f32>
     let rows = scores.par_chunks_exact_mut(prototypes);
     rows.map(|row| {
         let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        row.iter_mut().for_each(|score| *score = ((*score - largest) * sharpness).exp());
+        for score in row {
+            *score = ((*score - largest) * sharpness).exp();
+        }
         largest
     })
     .collect()
@@ -129,15 +131,21 @@ mod tests {
         let samples = scores.len() / prototypes;
         let mut q: Vec<f64> = scores.iter().map(|x| (x / epsilon).exp()).collect();
         let total: f64 = q.iter().sum();
-        q.iter_mut().for_each(|x| *x /= total);
+        for x in &mut q {
+            *x /= total;
+        }
         for _ in 0..iterations {
             for p in 0..prototypes {
                 let sum: f64 = (0..samples).map(|s| q[s * prototypes + p]).sum();
-                (0..samples).for_each(|s| q[s * prototypes + p] /= sum * prototypes as f64);
+                for s in 0..samples {
+                    q[s * prototypes + p] /= sum * prototypes as f64;
+                }
             }
             for row in q.chunks_exact_mut(prototypes) {
                 let sum: f64 = row.iter().sum();
-                row.iter_mut().for_each(|x| *x /= sum * samples as f64);
+                for x in row {
+                    *x /= sum * samples as f64;
+                }
             }
         }
         q.iter().map(|x| x * samples as f64).collect()

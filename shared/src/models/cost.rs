@@ -44,10 +44,24 @@ pub fn cost(arch: Arch, [height, width]: [usize; 2]) -> Result<Cost> {
     Ok(Cost { multiply_accumulates: counter.multiply_accumulates, parameters })
 }
 
+/// About how many values of one image a training step keeps until its backward pass: the outputs of convolutions, before and
+/// after their norms, of linear layers, layer norms and attention.
+///
+/// # Errors
+/// As [`cost`].
+pub fn kept_values(arch: Arch, [height, width]: [usize; 2]) -> Result<u64> {
+    let mut builder = Builder::new(&Device::Cpu);
+    let backbone = Backbone::new(&mut builder, arch, VitOptions::default())?;
+    let mut counter = Counter::default();
+    backbone.forward(&mut counter, &Shape::Image { channels: 3, height, width })?;
+    Ok(counter.kept_values)
+}
+
 /// Follows a network's definition and counts.
 #[derive(Debug, Default)]
 struct Counter {
     multiply_accumulates: u64,
+    kept_values: u64,
 }
 
 impl Counter {
@@ -55,9 +69,14 @@ impl Counter {
         self.multiply_accumulates += multiply_accumulates as u64;
     }
 
+    fn keep(&mut self, xs: &Shape) {
+        self.kept_values += (xs.channels() * xs.positions()) as u64;
+    }
+
     fn convolution(&mut self, xs: Shape, params: &Conv2d) -> Result<Shape> {
         let geometry = params.geometry;
         let ys = xs.convolved(&geometry)?;
+        self.keep(&ys);
         self.add(ys.channels() * ys.positions() * geometry.channels_per_group() * geometry.kernel * geometry.kernel);
         Ok(ys)
     }
@@ -71,7 +90,9 @@ impl Interpreter for Counter {
     type Value = Shape;
 
     fn conv_bn(&mut self, xs: &Shape, params: &ConvBn, _: Option<&Shape>, _: Activation) -> Result<Shape> {
-        self.convolution(*xs, &params.conv)
+        let ys = self.convolution(*xs, &params.conv)?;
+        self.keep(&ys);
+        Ok(ys)
     }
 
     fn max_pool(&mut self, xs: &Shape) -> Result<Shape> {
@@ -84,7 +105,9 @@ impl Interpreter for Counter {
 
     fn linear(&mut self, xs: &Shape, params: &Linear, _: Activation) -> Result<Shape> {
         self.add(xs.positions() * params.weight.var().elem_count());
-        xs.mapped(params)
+        let ys = xs.mapped(params)?;
+        self.keep(&ys);
+        Ok(ys)
     }
 
     fn batch_norm_rows(&mut self, xs: &Shape, _: &BatchNorm, _: Activation) -> Result<Shape> {
@@ -109,12 +132,15 @@ impl Interpreter for Counter {
     }
 
     fn layer_norm(&mut self, xs: &Shape, _: &LayerNorm) -> Result<Shape> {
+        self.keep(xs);
         Ok(*xs)
     }
 
     /// Queries with keys, weights with values.
     fn attention(&mut self, qkv: &Shape, heads: usize) -> Result<Shape> {
         let ys = qkv.attended(heads)?;
+        self.keep(&ys);
+        self.kept_values += (heads * ys.positions() * ys.positions()) as u64;
         self.add(2 * ys.positions() * ys.positions() * ys.channels());
         Ok(ys)
     }
@@ -122,6 +148,7 @@ impl Interpreter for Counter {
     fn cross_covariance_attention(&mut self, qkv: &Shape, temperature: &Parameter) -> Result<Shape> {
         let heads = temperature.var().elem_count();
         let ys = qkv.attended(heads)?;
+        self.keep(&ys);
         self.add(2 * ys.positions() * ys.channels() * (ys.channels() / heads));
         Ok(ys)
     }

@@ -23,7 +23,6 @@ impl HeadKind {
     pub(super) const NAMES: [&str; 2] = ["fc.", "projection_head."];
 
     /// Whether it is the usual kind, which records do not name.
-    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
     pub fn is_default(&self) -> bool {
         *self == Self::default()
     }

@@ -17,7 +17,7 @@ mod xcit;
 use candle_core::{Device, Tensor};
 
 pub use self::arch::Arch;
-pub use self::cost::{Cost, cost};
+pub use self::cost::{Cost, cost, kept_values};
 use self::efficientnet::{EfficientNet, Scaling};
 pub use self::head::{HeadConfig, HeadKind};
 pub use self::mlp_head::{MlpConfig, MlpHead, MlpLayer};

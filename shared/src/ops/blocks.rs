@@ -6,6 +6,7 @@ use super::interpreter::composed;
 use super::parameter::{
     Activation, BasicBlock, BatchNorm, Bottleneck, ConvBn, Linear, MbConv, Parameter, ProjectionHead, Stem,
 };
+use super::update::same_shape;
 use super::{Engine, Pass, cpu, reference, shape_error};
 use crate::Result;
 
@@ -246,52 +247,4 @@ pub fn soft_cross_entropy(logits: &Tensor, targets: &Tensor, temperature: f64, e
         Engine::Reference => reference::soft_cross_entropy(logits, targets, temperature),
         Engine::Cpu => cpu::layers::soft_cross_entropy(logits, targets, temperature),
     }
-}
-
-/// One step of stochastic gradient descent, in place: `momentum = factor * momentum + gradient + weight_decay * parameter`,
-/// then `parameter -= lr * momentum`.
-///
-/// # Errors
-/// Tensors of different shapes.
-pub fn sgd_in_place(
-    parameter: &Tensor,
-    gradient: &Tensor,
-    momentum: &Tensor,
-    factor: f64,
-    weight_decay: f64,
-    lr: f64,
-) -> Result<()> {
-    same_shape("sgd gradient", parameter, gradient)?;
-    same_shape("sgd momentum", parameter, momentum)?;
-    match Engine::for_device(parameter.device()) {
-        Engine::Reference => reference::sgd(parameter, gradient, momentum, factor, weight_decay, lr),
-        Engine::Cpu => cpu::update::sgd(parameter, &gradient.contiguous()?, momentum, factor, weight_decay, lr),
-    }
-}
-
-/// `key = momentum * key + (1 - momentum) * query`, in place.
-///
-/// # Errors
-/// Tensors of different shapes.
-pub fn ema_in_place(key: &Tensor, query: &Tensor, momentum: f64) -> Result<()> {
-    same_shape("ema", key, query)?;
-    match Engine::for_device(key.device()) {
-        Engine::Reference => reference::ema(key, query, momentum),
-        Engine::Cpu => cpu::update::ema(key, query, momentum),
-    }
-}
-
-/// `sum += value`, in place.
-pub(super) fn add_in_place(sum: &Tensor, value: &Tensor) -> Result<()> {
-    match Engine::for_device(sum.device()) {
-        Engine::Reference => reference::add(sum, value),
-        Engine::Cpu => cpu::update::add(sum, value),
-    }
-}
-
-fn same_shape(op: &'static str, expected: &Tensor, got: &Tensor) -> Result<()> {
-    if expected.dims() == got.dims() {
-        return Ok(());
-    }
-    Err(shape_error(op, format!("{:?}", expected.dims()), got))
 }

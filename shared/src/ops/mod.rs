@@ -33,11 +33,12 @@ mod store;
 mod token_blocks;
 mod token_parameter;
 pub mod token_reference;
+mod update;
 
 pub use allocator::{TensorAllocator, reserve_memory};
 pub use blocks::{
-    basic_block, batch_norm_rows, bottleneck, conv_bn, ema_in_place, global_average_pool, info_nce, l2_normalise,
-    linear, linear_map, max_pool, mb_conv, projection_head, sgd_in_place, soft_cross_entropy, stem,
+    basic_block, batch_norm_rows, bottleneck, conv_bn, global_average_pool, info_nce, l2_normalise, linear, linear_map,
+    max_pool, mb_conv, projection_head, soft_cross_entropy, stem,
 };
 pub use interpreter::Interpreter;
 pub use isa::{Isa, force_isa, isa};
@@ -58,6 +59,11 @@ pub use token_blocks::{
 pub use token_parameter::{
     Attention, AttentionBlock, BiasedConv, ClassAttentionBlock, LayerNorm, LocalBlock, LocalPatchInteraction, MlpBlock,
     PatchEmbedding, PositionResampling, Positions,
+};
+
+pub use update::{
+    AdamStep, DescentStep, adamw_in_place, descend_in_place, ema_in_place, is_finite, scale_in_place, sum_of_squares,
+    sum_of_squares_decayed,
 };
 
 use candle_core::{Device, Tensor};

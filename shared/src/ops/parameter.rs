@@ -119,7 +119,7 @@ impl Parameter {
         let mut slot = self.shared.slot.lock().unwrap_or_else(PoisonError::into_inner);
         *slot = Some(match slot.take() {
             Some(sum) => {
-                super::blocks::add_in_place(&sum, &gradient)?;
+                super::update::add_in_place(&sum, &gradient)?;
                 sum
             }
             None => gradient,

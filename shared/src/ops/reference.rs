@@ -9,6 +9,7 @@ use candle_core::{D, Tensor};
 
 use super::cpu::block::check_groups;
 use super::parameter::{Activation, BatchNorm, Conv2d, ConvBn, Gate, Linear, Parameter, SqueezeExcite};
+use super::{AdamStep, DescentStep};
 use super::{Mode, Pass};
 use crate::Result;
 
@@ -278,21 +279,29 @@ pub fn soft_cross_entropy(logits: &Tensor, targets: &Tensor, temperature: f64) -
     Ok((targets * log_softmax)?.sum(1)?.mean(0)?.neg()?)
 }
 
-/// See [`crate::ops::sgd_in_place`].
+/// See [`crate::ops::descend_in_place`].
 ///
 /// # Errors
 /// A tensor operation that fails.
-pub fn sgd(
-    parameter: &Tensor,
-    gradient: &Tensor,
-    momentum: &Tensor,
-    factor: f64,
-    weight_decay: f64,
-    lr: f64,
-) -> Result<()> {
-    let decayed = (gradient + (parameter.detach() * weight_decay)?)?;
-    assign(momentum, &((momentum.detach() * factor)? + decayed)?)?;
-    assign(parameter, &(parameter.detach() - (momentum.detach() * lr)?)?)
+pub fn descend(parameter: &Tensor, gradient: &Tensor, buffer: &Tensor, step: &DescentStep) -> Result<()> {
+    let &DescentStep { momentum, nesterov, weight_decay, scale, lr } = step;
+    let decayed = ((gradient + (parameter.detach() * weight_decay)?)? * scale)?;
+    assign(buffer, &((buffer.detach() * momentum)? + &decayed)?)?;
+    let direction = if nesterov { (decayed + (buffer.detach() * momentum)?)? } else { buffer.detach() };
+    assign(parameter, &(parameter.detach() - (direction * lr)?)?)
+}
+
+/// See [`crate::ops::adamw_in_place`].
+///
+/// # Errors
+/// A tensor operation that fails.
+pub fn adamw(parameter: &Tensor, gradient: &Tensor, [mean, square]: [&Tensor; 2], step: &AdamStep) -> Result<()> {
+    let &AdamStep { beta1, beta2, epsilon, .. } = step;
+    assign(mean, &((mean.detach() * beta1)? + (gradient * (1.0 - beta1))?)?)?;
+    assign(square, &((square.detach() * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?)?;
+    let divisor = ((square.detach().sqrt()? / step.square_correction())? + epsilon)?;
+    let moved = (mean.detach().div(&divisor)? * step.step_size())?;
+    assign(parameter, &((parameter.detach() * step.keep())? - moved)?)
 }
 
 /// See [`crate::ops::ema_in_place`].
@@ -312,6 +321,6 @@ pub fn add(sum: &Tensor, value: &Tensor) -> Result<()> {
 }
 
 /// Writes the values of `source` into the storage of `target`.
-fn assign(target: &Tensor, source: &Tensor) -> Result<()> {
+pub(super) fn assign(target: &Tensor, source: &Tensor) -> Result<()> {
     Ok(target.slice_set(&source.contiguous()?, 0, 0)?)
 }

@@ -149,6 +149,30 @@ impl ParameterStore {
         self.load(&other.to_tensors()?)
     }
 
+    /// Copies the buffers of a store of the same model, in place; parameters stay.
+    ///
+    /// # Errors
+    /// `Error::Invalid` when the other has no such buffer.
+    pub fn copy_buffers_from(&self, other: &Self) -> Result<()> {
+        for (name, entry) in self.entries.iter().filter(|(_, entry)| !entry.trainable) {
+            entry.parameter.var().set(other.entry(name)?.parameter.var().as_tensor())?;
+        }
+        Ok(())
+    }
+
+    /// The first parameter or buffer, in order of names, with an element that is not finite.
+    ///
+    /// # Errors
+    /// Only if a tensor operation fails.
+    pub fn first_not_finite(&self) -> Result<Option<&str>> {
+        for (name, entry) in &self.entries {
+            if !super::is_finite(entry.parameter.var().as_tensor())? {
+                return Ok(Some(name));
+            }
+        }
+        Ok(None)
+    }
+
     /// Runs the backward pass of a scalar loss and collects the gradients of this store's parameters.
     ///
     /// # Errors

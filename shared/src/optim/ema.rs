@@ -1,4 +1,4 @@
-//! The key encoder's parameters as a moving average of the query encoder's.
+//! Moving averages of an encoder's parameters: the key encoder, and the averaged student.
 
 use crate::ops::{self, ParameterStore};
 use crate::{Error, Result};
@@ -24,6 +24,19 @@ pub fn ema_update(key: &ParameterStore, query: &ParameterStore, momentum: f64) -
         Some((name, _)) => Err(mismatch(name)),
         None => Ok(()),
     }
+}
+
+/// Moves an average of a whole model towards it: the parameters as [`ema_update`], the buffers of batch norm copied.
+///
+/// # Errors
+/// `Error::Invalid` when the two are not the same model.
+///
+/// # Source
+/// timm 1.0, `ModelEmaV3` with `exclude_buffers`, and `torch.optim.swa_utils.AveragedModel` without `use_buffers`: the running
+/// statistics are averages already.
+pub fn average_update(average: &ParameterStore, model: &ParameterStore, decay: f64) -> Result<()> {
+    ema_update(average, model, decay)?;
+    average.copy_buffers_from(model)
 }
 
 fn mismatch(name: &str) -> Error {
@@ -57,5 +70,9 @@ mod tests {
         let value = |tensor: &candle_core::Tensor| tensor.to_vec2::<f32>().unwrap()[1][3];
         let expected = 0.75 * value(&before["fc.weight"]) + 0.25 * value(&moved["fc.weight"]);
         assert!((value(&after["fc.weight"]) - expected).abs() < 1e-7);
+        average_update(&key, &query, 0.5).unwrap();
+        let average = key.to_tensors().unwrap();
+        assert_eq!(average["bn.running_mean"].to_vec1::<f32>().unwrap(), [2.0; 3]);
+        assert_eq!(average["bn.bias"].to_vec1::<f32>().unwrap(), [1.25; 3]);
     }
 }

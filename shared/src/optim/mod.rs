@@ -1,7 +1,11 @@
-//! How parameters move: stochastic gradient descent for the query encoder, a moving average for the key encoder.
+//! How parameters move: optimisers, clipping of gradients, and moving averages of parameters.
 
+mod clip;
+mod config;
 mod ema;
-mod sgd;
+mod optimizer;
 
-pub use ema::ema_update;
-pub use sgd::{Sgd, SgdConfig};
+pub use clip::{clip_gradients, gradient_norm};
+pub use config::{NoDecay, OptimizerConfig, Rule};
+pub use ema::{average_update, ema_update};
+pub use optimizer::Optimizer;

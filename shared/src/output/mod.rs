@@ -117,6 +117,50 @@ impl OutputDir {
     }
 }
 
+/// How an output directory would be found by [`OutputDir::begin`].
+#[derive(Debug, Clone, PartialEq)]
+pub enum Found {
+    /// It is not there, or nothing was begun in it.
+    New,
+    /// It is unfinished and goes on.
+    Unfinished,
+    /// It is complete and is what is asked for.
+    Finished(Manifest),
+    /// It holds an output of the same stage that `overwrite` replaces.
+    Replaced,
+}
+
+/// Looks at an output directory without touching it.
+///
+/// # Errors
+/// As [`OutputDir::begin`], but for a directory that another process holds.
+pub fn look_at(path: impl AsRef<Path>, identity: &Identity, overwrite: bool) -> Result<Found> {
+    let path = path.as_ref();
+    refuse_foreign(path, identity.stage)?;
+    let finished = path.join(MANIFEST_FILE).exists();
+    let manifest = match Manifest::read(path, identity.stage) {
+        Ok(manifest) if finished => Some(manifest),
+        Err(error) if finished && !(overwrite && matches!(error, Error::Damaged { .. })) => return Err(error),
+        Ok(_) | Err(_) => None,
+    };
+    let found = match &manifest {
+        Some(manifest) => Some(manifest.identity.clone()),
+        None => read_unfinished(path)?,
+    };
+    if overwrite && (finished || found.is_some()) {
+        if let Some(found) = found.as_ref().filter(|found| found.stage != identity.stage) {
+            refuse_difference(path, identity, found)?;
+        }
+        return Ok(Found::Replaced);
+    }
+    let Some(found) = found else { return Ok(Found::New) };
+    refuse_difference(path, identity, &found)?;
+    manifest.map_or(Ok(Found::Unfinished), |manifest| {
+        manifest.check_lengths(path)?;
+        Ok(Found::Finished(manifest))
+    })
+}
+
 /// Removes what only an unfinished directory holds.
 fn remove_records(path: &Path) -> Result<()> {
     remove_files(path, |name| name == UNFINISHED_FILE || parts::is_record(name))

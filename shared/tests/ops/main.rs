@@ -144,7 +144,7 @@ fn three_steps(engine: Engine) -> Result<Vec<u32>, Error> {
     let head = Some(HeadConfig::mlp(96, 16));
     let query = Encoder::new(Arch::ResNet18, head, 5)?.with_engine(engine);
     let key = query.momentum_copy()?;
-    let mut sgd = optim::Sgd::new(optim::SgdConfig { momentum: 0.9, weight_decay: 1e-4 });
+    let mut sgd = optim::Optimizer::new(optim::OptimizerConfig::sgd(0.9, 1e-4));
     let unit = Pass { mode: Mode::Eval, record: false, engine };
     let queue = ops::l2_normalise(&wave(&[70, 16], 0.71), &unit)?;
     let teacher = ops::l2_normalise(&wave(&[4, 16], 0.77), &unit)?;
@@ -159,7 +159,7 @@ fn three_steps(engine: Engine) -> Result<Vec<u32>, Error> {
         let agreement = (losses::distillation(&s_q, &teacher)? + losses::distillation(&s_k, &teacher)?)?;
         let loss = (contrast + (agreement * 4.0)?)?;
         let grads = query.store().backward(&loss)?;
-        sgd.step(query.store(), &grads, 0.03)?;
+        sgd.step("query", query.store(), &grads, 0.03)?;
         trace.push(loss.to_scalar::<f32>()?.to_bits());
     }
     for store in [query.store(), key.store()] {
@@ -197,13 +197,13 @@ fn loss_falls_on_a_toy_batch() -> TestResult {
     let eval = Pass { mode: Mode::Eval, record: false, engine: Engine::Cpu };
     let teacher = ops::l2_normalise(&wave(&[8, 8], 1.9), &eval)?;
     let xs = wave(&[8, 32, 32, 3], 0.37);
-    let mut sgd = optim::Sgd::new(optim::SgdConfig { momentum: 0.9, weight_decay: 1e-4 });
+    let mut sgd = optim::Optimizer::new(optim::OptimizerConfig::sgd(0.9, 1e-4));
     let mut trace = Vec::new();
     for _ in 0..12 {
         let loss = losses::distillation(&student.embeddings(&xs, TRAIN)?, &teacher)?;
         let grads = student.store().backward(&loss)?;
         assert_eq!(grads.iter().count(), student.store().parameters().count());
-        sgd.step(student.store(), &grads, 0.05)?;
+        sgd.step("student", student.store(), &grads, 0.05)?;
         trace.push(loss.to_scalar::<f32>()?);
     }
     assert!(trace[11] < 0.5 * trace[0], "{trace:?}");

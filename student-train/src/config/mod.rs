@@ -17,7 +17,7 @@ use shared::{Error, Result};
 pub use self::distill_terms::{AskedTerm, DistillTerm, DistillTerms, DistillViews};
 pub use self::distillation::{DistillationConfig, Ensemble, SeedConfig, WeightedTerm};
 pub use self::method::{MethodConfig, MethodName, MocoConfig, SwavConfig};
-pub use self::optimisation::OptimisationConfig;
+pub use self::optimisation::{CurveName, OptimisationConfig, OptimizerName};
 pub use self::plan::Plan;
 pub use self::probe::{ProbeConfig, ProbePaths};
 pub use self::time_limit::TimeLimit;
@@ -98,6 +98,7 @@ impl Config {
     /// [`Error::Usage`] that names the flag.
     pub fn new(objective: Objective, options: &Options, teacher_dim: Option<usize>) -> Result<Self> {
         let batch_size = options.batch_size.unwrap_or(DEFAULT_BATCH_SIZE);
+        let epochs = options.epochs.unwrap_or(200);
         let method = MethodConfig::new(objective, options, batch_size)?;
         let usual_hidden = if method.head_kind() == HeadKind::Linear { 0 } else { 2048 };
         let usual_groups = method.usual_bn_groups().unwrap_or_else(|| default_bn_groups(batch_size));
@@ -106,11 +107,11 @@ impl Config {
         let config = Self {
             objective,
             student: options.student.unwrap_or(Arch::ResNet18),
-            epochs: options.epochs.unwrap_or(200),
+            epochs,
             batch_size,
             accumulate: options.accumulate.unwrap_or(1),
             bn_groups: options.bn_groups.unwrap_or(usual_groups),
-            optimisation: OptimisationConfig::new(options)?,
+            optimisation: OptimisationConfig::new(options, epochs)?,
             method,
             head_hidden: options.head_hidden.unwrap_or(usual_hidden),
             embedding_dim: embedding_dim(options.embedding_dim, teacher_dim)?,
@@ -211,7 +212,7 @@ mod tests {
         let config = Config::new(Objective::Distill, &Options::default(), Some(64)).unwrap();
         assert_eq!((config.batch_size, config.bn_groups, config.accumulate), (256, 8, 1));
         let OptimisationConfig { lr, momentum, weight_decay, .. } = config.optimisation;
-        assert_eq!((lr, momentum, weight_decay), (0.03, 0.9, 1e-4));
+        assert_eq!((lr, momentum, weight_decay), (0.03, Some(0.9), 1e-4));
         let moco = MocoConfig { queue_size: 65536, temperature: 0.2, key_momentum: 0.999 };
         assert_eq!(config.method, MethodConfig::MocoV2(moco));
         assert_eq!((config.head_hidden, config.embedding_dim), (2048, 64));

@@ -17,7 +17,7 @@ use shared::transforms::normalize::{IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD}
 use shared::{Error, Result};
 
 use self::pth::Object;
-use crate::args::{ExportArgs, ExportFormat, TensorNames};
+use crate::args::{ExportArgs, ExportFormat, ExportedWeights, TensorNames};
 
 /// Writes `student.safetensors` into a run: weights and batch-norm buffers, without the head.
 ///
@@ -93,20 +93,36 @@ pub fn export(args: &ExportArgs) -> Result<Exported> {
     let run = Run::open(&args.run)?;
     may_write(&args.output, args.overwrite)?;
     let contents = match args.format {
+        ExportFormat::Safetensors if last_weights(&run, args) => {
+            let encoder = encoder(&run, args)?;
+            let entry = write_backbone(&args.output, &encoder, input_entries(run.details().image_size))?;
+            return Ok(exported(&run, args, entry));
+        }
         ExportFormat::Safetensors => {
             let path = checked(&run, STUDENT_FILE)?;
             std::fs::read(&path).map_err(Error::io("read", &path))?
         }
-        ExportFormat::Pth => pth_contents(&run, args.names)?,
+        ExportFormat::Pth => pth_contents(&run, args)?,
         ExportFormat::Onnx => onnx_contents(&run, args)?,
     };
     let entry = write_atomic(&args.output, &contents)?;
-    Ok(Exported {
-        output: args.output.clone(),
-        student: run.details().arch.name().into(),
-        bytes: entry.bytes,
-        blake3: entry.blake3,
-    })
+    Ok(exported(&run, args, entry))
+}
+
+fn exported(run: &Run, args: &ExportArgs, entry: FileEntry) -> Exported {
+    let student = run.details().arch.name().into();
+    Exported { output: args.output.clone(), student, bytes: entry.bytes, blake3: entry.blake3 }
+}
+
+/// Whether the weights that are wanted are others than those of `student.safetensors`.
+fn last_weights(run: &Run, args: &ExportArgs) -> bool {
+    args.weights == ExportedWeights::Last && run.details().averaged
+}
+
+/// The encoder with its head, whose weights are wanted.
+fn encoder(run: &Run, args: &ExportArgs) -> Result<Encoder> {
+    checked(run, &run.details().checkpoint)?;
+    if last_weights(run, args) { run.query_encoder() } else { run.encoder() }
 }
 
 fn check_options(args: &ExportArgs) -> Result<()> {
@@ -121,13 +137,19 @@ fn check_options(args: &ExportArgs) -> Result<()> {
     Ok(())
 }
 
-fn pth_contents(run: &Run, names: TensorNames) -> Result<Vec<u8>> {
-    let arch = run.details().arch;
+fn pth_contents(run: &Run, args: &ExportArgs) -> Result<Vec<u8>> {
+    let (arch, names) = (run.details().arch, args.names);
     let rename = |name: &str| match names {
         TensorNames::Timm => Ok(name.to_string()),
         TensorNames::Detectron2 => detectron2::name(arch, name),
     };
-    let tensors = TensorFile::open(checked(run, STUDENT_FILE)?)?.tensors()?;
+    let tensors = if last_weights(run, args) {
+        let mut tensors = encoder(run, args)?.store().to_tensors()?;
+        tensors.retain(|name, _| Encoder::is_backbone_tensor(name));
+        tensors
+    } else {
+        TensorFile::open(checked(run, STUDENT_FILE)?)?.tensors()?
+    };
     let state = tensors.into_iter().map(|(name, tensor)| Ok((rename(&name)?, Object::Tensor(tensor))));
     let state = Object::Dict(state.collect::<Result<_>>()?);
     pth::encode(&match names {
@@ -140,8 +162,13 @@ fn onnx_contents(run: &Run, args: &ExportArgs) -> Result<Vec<u8>> {
     let details = run.details();
     let size = args.size.map_or(details.image_size, |side| [usize::from(side); 2]);
     let (encoder, outputs) = if args.head {
-        checked(run, &details.checkpoint)?;
-        (run.query_encoder()?, "`features` [batch, F] and `embeddings` [batch, D], rows of unit length")
+        (encoder(run, args)?, "`features` [batch, F] and `embeddings` [batch, D], rows of unit length")
+    } else if last_weights(run, args) {
+        let backbone = Encoder::new(details.arch, None, 0)?;
+        let mut tensors = encoder(run, args)?.store().to_tensors()?;
+        tensors.retain(|name, _| Encoder::is_backbone_tensor(name));
+        backbone.store().load(&tensors)?;
+        (backbone, "`features` [batch, F]")
     } else {
         checked(run, STUDENT_FILE)?;
         (run.student()?, "`features` [batch, F]")

@@ -5,11 +5,18 @@
 //! ```
 //! `z_v` are the embeddings of crop `v`, of V, `C` the prototypes, and `q_i` the assignments of global view `i` by [`sinkhorn`], in
 //! which embeddings of earlier steps may take part. Local crops predict and are never predicted.
+//!
+//! Under a teacher the distillation's terms are added on the two global views, whose embeddings a set holds. In the official code of
+//! that testbed (`DisCo-pytorch`, `swav-master/main_swav_distill.py`) the term is the mean of the squared differences over all V
+//! crops, samples and D elements, halved: each crop's mean squared distance weighs `1 / (2 V D)`, and all together `1 / (2 D)`, 1/256
+//! at 128 elements. A `distill_weight` of 1/512 for each of two views sums to the same. Their teacher's embeddings are not scaled to
+//! unit length first, those of a set are.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor};
+use shared::distributed::World;
 use shared::losses::{sinkhorn, soft_cross_entropy};
 use shared::models::{Encoder, Outputs};
 use shared::ops::{self, Builder, Engine, Init, Mode, Parameter, ParameterStore, Pass, WeightLayout};
@@ -82,13 +89,13 @@ impl Swav {
         let globals = if input.accumulate == 1 {
             let rows = 0..input.batch.sample_ids.len();
             let crops = crops(input.query, input, &rows)?;
-            let globals = global_embeddings(&crops)?;
-            let assignments = self.assignments(&globals, input.query.engine())?;
+            let globals = gathered(global_embeddings(&crops)?, input.world)?;
+            let assignments = self.assignments(&globals, input)?;
             sum.backward(self.parts(input, &rows, &crops, &assignments)?, gradients)?;
             globals
         } else {
-            let globals = embed_ahead(input)?;
-            let assignments = self.assignments(&globals, input.query.engine())?;
+            let globals = gathered(embed_ahead(input)?, input.world)?;
+            let assignments = self.assignments(&globals, input)?;
             for rows in input.pieces() {
                 let crops = crops(input.query, input, &rows)?;
                 let assignments = [narrow(&assignments[0], &rows)?, narrow(&assignments[1], &rows)?];
@@ -116,9 +123,9 @@ impl Swav {
         self.store.load(&tensors)
     }
 
-    /// The assignments of the two global views of a batch, `(B, P)` each.
-    fn assignments(&self, globals: &[Tensor; 2], engine: Engine) -> Result<[Tensor; 2]> {
-        let pass = Pass { mode: Mode::Eval, record: false, engine };
+    /// The assignments of the two global views, `(B / R, P)` each: found for the batch of all ranks, given for the rows of this one.
+    fn assignments(&self, globals: &[Tensor; 2], input: &StepInput<'_>) -> Result<[Tensor; 2]> {
+        let pass = Pass { mode: Mode::Eval, record: false, engine: input.query.engine() };
         let SwavConfig { epsilon, sinkhorn_iterations, swav_queue_size, .. } = self.config;
         let full = self.queues.as_ref().filter(|_| self.entered >= swav_queue_size as u64);
         let assign = |view: usize| {
@@ -127,7 +134,8 @@ impl Swav {
                 let earlier = ops::linear_map(queues[view].keys(), &self.prototypes, &pass)?;
                 scores = Tensor::cat(&[&earlier, &scores], 0)?;
             }
-            sinkhorn(&scores, epsilon, sinkhorn_iterations, globals[view].dim(0)?)
+            let rows = globals[view].dim(0)?;
+            narrow(&sinkhorn(&scores, epsilon, sinkhorn_iterations, rows)?, &input.world.share(rows))
         };
         Ok([assign(0)?, assign(1)?])
     }
@@ -211,6 +219,11 @@ fn global_embeddings(crops: &[Outputs]) -> Result<[Tensor; 2]> {
         [first, second, ..] => Ok([first.embeddings.detach(), second.embeddings.detach()]),
         _ => Err(Error::invalid("the batch has no two global views", "")),
     }
+}
+
+/// The embeddings of all ranks, in their order.
+fn gathered([first, second]: [Tensor; 2], world: &World) -> Result<[Tensor; 2]> {
+    Ok([world.all_gather(&first)?, world.all_gather(&second)?])
 }
 
 /// The embeddings of the global views of a whole batch, piece by piece as they will be computed again, by a copy of the encoder, so

@@ -48,8 +48,17 @@ fn a_run_saved_by_four_ranks_goes_on_with_two_and_with_one() -> Result<()> {
 #[test]
 fn every_method_gives_the_losses_of_one_process() -> Result<()> {
     let Some(workspace) = workspace()? else { return Ok(()) };
-    let cases: [(&str, &[&str]); 3] =
-        [("pretrain", &[]), ("distill", &["--method=none"]), ("pretrain", &["--accumulate=2"])];
+    let swav = ["--method=swav", "--prototypes=12", "--swav-queue-size=16", "--queue-from-epoch=0"];
+    let frozen = [&swav[..], &["--freeze-prototypes-steps=2"]].concat();
+    let in_pieces = [&swav[..], &["--accumulate=2"]].concat();
+    let cases: [(&str, &[&str]); 6] = [
+        ("pretrain", &[]),
+        ("distill", &["--method=none"]),
+        ("pretrain", &["--accumulate=2"]),
+        ("pretrain", &["--method=moco-v1"]),
+        ("distill", &frozen),
+        ("pretrain", &in_pieces),
+    ];
     for (case, (command, flags)) in cases.into_iter().enumerate() {
         let (alone, together) = (format!("alone {case}"), format!("together {case}"));
         let mut flags = [&["--epochs=2", "--lr=0.01"], flags].concat();

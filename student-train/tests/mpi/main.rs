@@ -11,6 +11,7 @@ mod failures;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use shared::shard::LocalDetails;
 use shared::{Error, Result};
 use workspace::{Workspace, write_embedding_set, write_shards_of};
 
@@ -41,7 +42,8 @@ fn workspace() -> Result<Option<Workspace>> {
         return Ok(None);
     }
     let workspace = Workspace::new()?;
-    write_shards_of(&workspace.path("images"), SAMPLES, 2, None, 0, 32)?;
+    let local = Some(LocalDetails { views: 3, size: 16 });
+    write_shards_of(&workspace.path("images"), SAMPLES, 2, local, 0, 32)?;
     write_embedding_set(&workspace.path("teacher"), &workspace.path("images"), SAMPLES, 2)?;
     Ok(Some(workspace))
 }

@@ -26,6 +26,8 @@ fn train(workspace: &Workspace, command: &str, run: &str, more: &[&str]) -> Resu
 fn train_with(arguments: &[String]) -> Result<Trained> {
     match student_train::run(&Args::parse_from(arguments))? {
         Summary::Trained(trained) => Ok(trained),
-        Summary::Exported(_) | Summary::Imported(_) => Err(shared::Error::usage("not a training")),
+        Summary::Planned(_) | Summary::Exported(_) | Summary::Imported(_) => {
+            Err(shared::Error::usage("not a training"))
+        }
     }
 }

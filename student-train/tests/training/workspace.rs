@@ -96,6 +96,15 @@ pub(crate) fn write_embedding_set(
     Manifest::new(identity, BTreeMap::new(), serde_json::json!(details), files).write(directory)
 }
 
+/// Takes `--flag value` or `--flag=value` out of arguments.
+fn remove(arguments: &mut Vec<String>, flag: &str) {
+    let same = |known: &String| known == flag || known.split_once('=').is_some_and(|(known, _)| known == flag);
+    if let Some(at) = arguments.iter().position(same) {
+        let joined = arguments[at].contains('=');
+        arguments.drain(at..at + if joined { 1 } else { 2 });
+    }
+}
+
 fn split(samples: usize) -> [Vec<u64>; 2] {
     let ids: Vec<u64> = (0..samples as u64).map(|i| i * 7 + 1).collect();
     let (a, b) = ids.split_at(samples / 2);
@@ -132,26 +141,15 @@ impl Workspace {
         }
         let tiny = "--epochs 2 --batch-size 4 --bn-groups 2 --queue-size 6 --head-hidden 16 --seed 5 --quiet";
         arguments.extend(tiny.split(' ').map(String::from));
-        // What momentum contrast alone takes.
-        let dropped: &[&str] = match more.iter().find_map(|pair| pair.strip_prefix("--method=")) {
-            Some("swav" | "none") => &["--queue-size"],
-            Some("moco-v1") => &["--head-hidden"],
-            _ => &[],
-        };
-        for flag in dropped {
-            if let Some(at) = arguments.iter().position(|known| known == flag) {
-                arguments.drain(at..at + 2);
-            }
-        }
         // `--flag=value` of a test replaces what stands above.
         for pair in more {
-            let flag = pair.split('=').next().unwrap_or_default();
-            let same = |known: &String| known == flag || known.split_once('=').is_some_and(|(known, _)| known == flag);
-            if let Some(at) = arguments.iter().position(same) {
-                let joined = arguments[at].contains('=');
-                arguments.drain(at..at + if joined { 1 } else { 2 });
-            }
+            remove(&mut arguments, pair.split('=').next().unwrap_or_default());
             arguments.push((*pair).to_string());
+        }
+        match more.iter().find_map(|pair| pair.strip_prefix("--method=")) {
+            Some("swav" | "none") => remove(&mut arguments, "--queue-size"),
+            Some("moco-v1") => remove(&mut arguments, "--head-hidden"),
+            _ => {}
         }
         arguments
     }

@@ -1,4 +1,4 @@
-//! Both losses, SGD and the moving average against `PyTorch`.
+//! Both losses and the moving average against `PyTorch`.
 //!
 //! `tests/golden/losses_and_optimisers.py` computed the values in f64 and says how.
 
@@ -8,8 +8,8 @@ use anyhow::{Context as _, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use serde::Deserialize;
 use shared::losses::{self, InfoNce};
-use shared::ops::{Builder, Gradients, ParameterStore};
-use shared::optim::{Sgd, SgdConfig, ema_update};
+use shared::ops::{Builder, ParameterStore};
+use shared::optim::ema_update;
 use tests::formula::{fingerprint_distance, parameter, parameters, unit_rows, values};
 
 const BATCH: usize = 20;
@@ -20,7 +20,6 @@ const QUEUE: usize = 150;
 struct Golden {
     info_nce: Vec<Contrast>,
     distillation: Distillation,
-    sgd: Stepped,
     ema: BTreeMap<String, Vec<f64>>,
 }
 
@@ -36,12 +35,6 @@ struct Contrast {
 struct Distillation {
     loss: f64,
     gradient: Vec<f64>,
-}
-
-#[derive(Deserialize)]
-struct Stepped {
-    parameters: BTreeMap<String, Vec<f64>>,
-    momenta: BTreeMap<String, Vec<f64>>,
 }
 
 fn golden() -> Result<Golden> {
@@ -93,32 +86,6 @@ fn distillation_is_pytorchs_summed_squared_error_over_the_batch() -> Result<()> 
     assert!((f64::from(loss.to_scalar::<f32>()?) / golden.loss - 1.0).abs() < 1e-6);
     assert!(fingerprint_distance("q", gradient, &golden.gradient)? < 1e-6);
     Ok(())
-}
-
-#[test]
-fn five_steps_of_sgd_are_pytorchs_also_across_a_checkpoint() -> Result<()> {
-    let golden = golden()?.sgd;
-    let store = store()?;
-    let config = SgdConfig { momentum: 0.9, weight_decay: 1e-2 };
-    let mut sgd = Sgd::new(config);
-    for step in 0..5 {
-        if step == 3 {
-            let saved = sgd.to_tensors(&store)?;
-            sgd = Sgd::new(config);
-            sgd.load(&store, &saved)?;
-        }
-        let mut tensors = BTreeMap::new();
-        for (name, shape) in store.names_and_shapes() {
-            if golden.parameters.contains_key(&name) {
-                let gradient = values(&format!("gradient {step} {name}"), &shape, -1.0, 1.0)?;
-                tensors.insert(name, gradient);
-            }
-        }
-        let gradients: Gradients = store.to_memory_layout(&tensors)?.into_iter().collect();
-        sgd.step(&store, &gradients, 0.1 / f64::from(1 + step))?;
-    }
-    assert_close(&store.to_tensors()?, &golden.parameters)?;
-    assert_close(&sgd.to_tensors(&store)?, &golden.momenta)
 }
 
 #[test]

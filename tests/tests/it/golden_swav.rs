@@ -14,8 +14,10 @@ use student_train::step::{Batch, TrainingState};
 use student_train::{Config, Options};
 use tests::formula::{fingerprint_distance, parameter, unit_rows, values};
 
-use crate::golden_disco::{Trace, check, check_losses, check_tensors, query};
+use crate::golden_disco::{MOMENTUM_TOLERANCE, Trace, check, check_losses, check_tensors, query};
 
+/// At this temperature PyTorch's own momenta in f32 and f64 differ by 2.6e-3.
+const MOCO_V1_MOMENTUM_TOLERANCE: f64 = 1e-2;
 const BATCH: usize = 8;
 const SIZE: usize = 64;
 const LOCALS: usize = 3;
@@ -97,7 +99,7 @@ fn check_swav(objective: Objective, accumulate: usize, golden: &Trace) -> Result
     // Running statistics move once for every piece of a batch.
     let compared =
         |name: &str| accumulate == 1 || !(name.contains(".running_") || name.ends_with("num_batches_tracked"));
-    check_tensors(&state, &golden.tensors, compared)
+    check_tensors(&state, &golden.tensors, MOMENTUM_TOLERANCE, compared)
 }
 
 #[test]
@@ -116,7 +118,8 @@ fn three_swav_steps_under_a_teacher_equal_pytorch_in_one_piece_and_in_two() -> R
 fn three_moco_v1_steps_equal_pytorch() -> Result<()> {
     let golden = golden()?;
     let options = Options { queue_size: Some(20), ..options(MethodName::MocoV1) };
-    check(&Config::new(Objective::Pretrain, &options, None)?, &golden.moco_v1, &golden.shuffles)
+    let config = Config::new(Objective::Pretrain, &options, None)?;
+    check(&config, &golden.moco_v1, &golden.shuffles, MOCO_V1_MOMENTUM_TOLERANCE)
 }
 
 #[test]

@@ -7,6 +7,7 @@ mod golden_disco;
 mod golden_distillation;
 mod golden_losses;
 mod golden_models;
+mod golden_optimisers;
 mod golden_pca;
 mod golden_swav;
 mod golden_teachers;

@@ -141,7 +141,9 @@ pub(in crate::ops) fn soft_cross_entropy(logits: &Tensor, targets: &Tensor, temp
     // Loss and gradient are computed together.
     let backward = move |dloss: Vec<f32>| {
         let factor = dloss.first().copied().unwrap_or_default();
-        gradient.iter_mut().for_each(|d| *d *= factor);
+        for d in &mut gradient {
+            *d *= factor;
+        }
         Ok(vec![Some(gradient)])
     };
     Ok(graph::record(SOFT_CROSS_ENTROPY, vec![loss as f32], (), &[&logits], backward)?)

@@ -74,6 +74,6 @@ impl Surroundings<'_> {
             return Some("centre of the targets");
         }
         let bare = name.strip_prefix("module.").unwrap_or(name);
-        bare.starts_with("sgd.").then_some("optimiser state")
+        ["sgd.", "lars.", "larc.", "adamw."].iter().any(|rule| bare.starts_with(rule)).then_some("optimiser state")
     }
 }

@@ -69,6 +69,7 @@ pub(super) const COPIES: &[(&str, &str)] = &[
     ("projection_head_momentum", "momentum encoder"),
     ("target_encoder", "target network"),
     ("target_network", "target network"),
+    ("ema", "moving average"),
 ];
 /// Most places where a network is looked for.
 const MAX_PLACES: usize = 16;
