@@ -2,6 +2,7 @@
 
 mod export;
 mod init;
+mod optimisation;
 mod methods;
 mod objectives;
 mod refusals;
