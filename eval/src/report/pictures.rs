@@ -11,6 +11,7 @@ use shared::transforms::View;
 
 use super::collect::{Entry, State};
 use super::summary::{Picture, RunSummary, Summary, is_of};
+use super::terms::{Term, terms};
 use crate::features::{FeatureSet, directory_for};
 use crate::pca;
 use crate::plot::bars::{self, Bars};
@@ -99,20 +100,15 @@ fn losses(entries: &[Entry]) -> Result<Option<Drawn>> {
         })
         .collect();
     let with_steps = trained.len() <= MAX_RUNS_WITH_STEPS;
-    let quantities = [
-        ("info_nce", "Contrastive loss", "InfoNCE"),
-        ("top1", "Queries closest to their own key", "percent"),
-        ("distill_q", "Distance to the teacher, query view", "squared distance"),
-        ("distill_k", "Distance to the teacher, key view", "squared distance"),
-    ];
-    let panels: Vec<Panel> = quantities
-        .iter()
-        .map(|(key, title, unit)| {
+    let keys = trained.iter().flat_map(|(_, training)| training.metrics.iter().map(|metric| metric.key.as_str()));
+    let panels: Vec<Panel> = terms(keys)
+        .into_iter()
+        .map(|Term { key, title, unit, .. }| {
             let curve = |(index, training): &(usize, &super::collect::Training)| {
-                training.metric(key).map(|metric| metric.curve(*index, with_steps))
+                training.metric(&key).map(|metric| metric.curve(*index, with_steps))
             };
             let curves: Vec<Curve> = trained.iter().filter_map(curve).collect();
-            Panel { title: (*title).into(), x_label: "step".into(), y_label: (*unit).into(), curves }
+            Panel { title, x_label: "step".into(), y_label: unit.into(), curves }
         })
         .filter(|panel| !panel.curves.is_empty())
         .collect();

@@ -7,6 +7,7 @@ mod init;
 mod kills;
 mod methods;
 mod objectives;
+mod optimisation;
 mod probe;
 mod refusals;
 mod resume;
