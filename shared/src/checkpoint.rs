@@ -70,7 +70,7 @@ pub fn record_file_name(step: u64) -> String {
 }
 
 /// The checkpoints of one training, in a directory that the caller has locked.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Checkpoints {
     directory: PathBuf,
     fingerprint: String,
@@ -83,10 +83,15 @@ impl Checkpoints {
     /// # Errors
     /// [`Error::Io`].
     pub fn open(directory: impl AsRef<Path>, identity: &Identity, keep: usize) -> Result<Self> {
+        create_directory(directory.as_ref())?;
+        remove_temporaries(directory.as_ref())?;
+        Ok(Self::reading(directory, identity, keep))
+    }
+
+    /// As [`Checkpoints::open`], without touching the directory, which another process writes.
+    pub fn reading(directory: impl AsRef<Path>, identity: &Identity, keep: usize) -> Self {
         let directory = directory.as_ref().to_path_buf();
-        create_directory(&directory)?;
-        remove_temporaries(&directory)?;
-        Ok(Self { directory, fingerprint: identity_fingerprint(identity), keep: keep.max(1) })
+        Self { directory, fingerprint: identity_fingerprint(identity), keep: keep.max(1) }
     }
 
     /// Where they are.

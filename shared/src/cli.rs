@@ -73,6 +73,8 @@ pub fn run_main(command: impl FnOnce() -> Result<()>) -> ExitCode {
     match command() {
         Ok(()) => ExitCode::SUCCESS,
         Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        // the rank that failed tells
+        Err(error @ Error::Elsewhere { .. }) => ExitCode::from(error.exit_status()),
         Err(error) => {
             note(&format!("error: {error}"));
             if let Some(hint) = error.hint() {

@@ -93,6 +93,24 @@ pub enum Error {
         /// What to do; may be empty.
         hint: String,
     },
+    /// One of several processes that work together failed, and the others did not.
+    #[error("rank {rank} on `{node}`: {source}")]
+    OnRank {
+        /// Its number, counted from 0.
+        rank: usize,
+        /// The machine that it runs on.
+        node: String,
+        /// What went wrong there.
+        source: Box<Self>,
+    },
+    /// Another of several processes that work together failed and tells why.
+    #[error("rank {rank} failed")]
+    Elsewhere {
+        /// Its number, counted from 0.
+        rank: usize,
+        /// The exit status that all end with.
+        status: u8,
+    },
     /// A tensor operation of candle failed.
     #[error("tensor operation failed: {0}")]
     Tensor(#[from] candle_core::Error),
@@ -195,14 +213,20 @@ impl Error {
                     "raise the limit (`quota`, `ulimit -f`) and run the same command again: finished files are kept";
                 Some(advice.into())
             }
+            Self::OnRank { source, .. } => source.hint(),
             Self::Locked { .. } => Some("wait for it to end, or choose another `--output`".into()),
             Self::Foreign { .. } => Some("choose an empty or new directory as `--output`".into()),
             _ => None,
         }
     }
 
-    /// The exit status of a binary that ends with this error: 2 for wrong usage, 1 for everything else.
+    /// The exit status of a binary that ends with this error: 2 for wrong usage, 1 for everything else; that of the rank that failed.
     pub fn exit_status(&self) -> u8 {
-        if matches!(self, Self::Usage { .. }) { 2 } else { 1 }
+        match self {
+            Self::Usage { .. } => 2,
+            Self::OnRank { source, .. } => source.exit_status(),
+            Self::Elsewhere { status, .. } => *status,
+            _ => 1,
+        }
     }
 }

@@ -8,7 +8,7 @@ use shared::cli::{CommonArgs, ComputeArgs};
 use shared::data_loader::Order;
 use shared::models::Arch;
 
-use crate::config::{DistillTerms, DistillViews, Ensemble, MethodName};
+use crate::config::{DistillTerms, DistillViews, Ensemble, MethodName, TimeLimit};
 
 /// Trains small vision models without labels, alone or under a teacher
 #[derive(Debug, Clone, Parser)]
@@ -285,15 +285,35 @@ pub struct Options {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seed_teacher_temperature: Option<f64>,
 
-    /// Write a checkpoint every so many steps too, besides each epoch's
+    /// Write a checkpoint when the last one is so many minutes old [default: 10]
+    ///
+    /// A thread writes it while the training goes on. A run that is killed goes on from its last checkpoint, one that is asked to
+    /// stop (Ctrl-C, `kill`, pre-emption by Slurm) writes one first. None of these options changes a byte of the result.
+    #[arg(long, value_name = "X", help_heading = "Checkpoints")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoint_minutes: Option<f64>,
+
+    /// Write a checkpoint every so many steps too
     #[arg(long, value_name = "N", help_heading = "Checkpoints")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub checkpoint_steps: Option<u64>,
+
+    /// Write a checkpoint every so many epochs too
+    #[arg(long, value_name = "N", help_heading = "Checkpoints")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoint_epochs: Option<u64>,
 
     /// Checkpoints to keep [default: 2]
     #[arg(long, value_name = "N", help_heading = "Checkpoints")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keep: Option<usize>,
+
+    /// Stop with a checkpoint before this call has run so long: `11h30m`, `45m`, or plain minutes
+    ///
+    /// The same command goes on. Leave the batch system's limit some minutes more, for the last step and the checkpoint.
+    #[arg(long, value_name = "TIME", help_heading = "Checkpoints")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub time_limit: Option<TimeLimit>,
 }
 
 /// Reads a path or a list of paths.
@@ -446,6 +466,7 @@ mod tests {
                 "\"mse=1\"",
                 "\"query\"",
                 "\"mean\"",
+                "\"1h\"",
             ]
             .iter()
             .any(|value| {

@@ -10,11 +10,12 @@ use shared::Result;
 use shared::data_loader::{
     EpochSampler, LocalSchedule, Order, Prefetcher, ViewSchedule, normalized_batch, normalized_views,
 };
+use shared::distributed::World;
 use shared::shard::ShardSet;
 use shared::transforms::View;
 use shared::transforms::normalize::Normalization;
 
-use crate::step::Batch;
+use crate::step::{Batch, batch_shuffle};
 use crate::teachers::Teachers;
 
 /// Threads that make batches; one normalises several thousand plain views of 224 x 224 a second.
@@ -27,7 +28,6 @@ const BATCHES_AHEAD: usize = 2;
 pub struct Batches {
     shards: ShardSet,
     teachers: Option<Teachers>,
-    seed: u64,
     sampler: EpochSampler,
     views: ViewSchedule,
     /// None unless the method sees local views.
@@ -37,6 +37,25 @@ pub struct Batches {
     makers: Option<ThreadPool>,
     /// The orders of the epochs that the workers are in.
     orders: Mutex<BTreeMap<u64, Arc<Vec<usize>>>>,
+    seed: u64,
+    /// Whose share is made.
+    world: World,
+    /// Whether the shares of several ranks have the key's views of the shuffled batch as well.
+    shuffle_keys: bool,
+}
+
+/// Which views a step, or a rank's share of it, sees: pairs of a sample's index and a view.
+struct Rows {
+    sample_ids: Vec<u64>,
+    /// The query's and the key's.
+    views: [Vec<(usize, usize)>; 2],
+    shuffled_keys: Option<Vec<(usize, usize)>>,
+}
+
+impl Rows {
+    fn all(&self) -> impl Iterator<Item = &Vec<(usize, usize)>> {
+        self.views.iter().chain(&self.shuffled_keys)
+    }
 }
 
 impl Batches {
@@ -64,11 +83,13 @@ impl Batches {
         Ok(Self {
             shards,
             teachers,
-            seed,
             sampler,
             views,
             makers: makers.transpose()?,
             orders: Mutex::default(),
+            seed,
+            world: World::alone(),
+            shuffle_keys: false,
             locals: None,
         })
     }
@@ -82,6 +103,13 @@ impl Batches {
         Ok(Self { locals: (schedule.hand_size() > 0).then_some(schedule), ..self })
     }
 
+    /// Makes this rank's share of every batch, the rows `[r * B / R, (r + 1) * B / R)` of the same global batch. With `shuffle_keys` it
+    /// has the key's views of that share of the shuffled batch, too: their images are read here, not sent.
+    #[must_use]
+    pub fn shared_out(self, world: &World, shuffle_keys: bool) -> Self {
+        Self { world: world.clone(), shuffle_keys, ..self }
+    }
+
     /// Whole batches in an epoch.
     pub fn steps_per_epoch(&self) -> u64 {
         self.sampler.steps_per_epoch()
@@ -92,12 +120,12 @@ impl Batches {
         &self.shards
     }
 
-    /// The batch of a step, counted from 0 over the whole run.
+    /// The batch of a step, counted from 0 over the whole run, or this rank's share of it.
     ///
     /// # Errors
     /// [`shared::Error::Tensor`] when memory cannot become a tensor.
     pub fn batch(&self, step: u64) -> Result<Batch> {
-        let (sample_ids, [query_rows, key_rows]) = self.rows(step);
+        let Rows { sample_ids, views: [query_rows, key_rows], shuffled_keys } = self.rows(step);
         let teacher = match &self.teachers {
             Some(teachers) => {
                 let targets = |rows: &[(usize, usize)]| teachers.batch(rows, self.seed, step);
@@ -106,10 +134,13 @@ impl Batches {
             None => None,
         };
         let views = |rows: &[(usize, usize)]| normalized_batch(&self.shards, rows, Normalization::Imagenet);
-        let all = || Ok::<_, shared::Error>(([views(&query_rows)?, views(&key_rows)?], self.local_views(step)?));
-        let (views, locals) = self.makers.as_ref().map_or_else(all, |makers| makers.install(all))?;
+        let all = || {
+            let shuffled_keys = shuffled_keys.as_deref().map(views).transpose()?;
+            Ok::<_, shared::Error>(([views(&query_rows)?, views(&key_rows)?], self.local_views(step)?, shuffled_keys))
+        };
+        let (views, locals, shuffled_keys) = self.makers.as_ref().map_or_else(all, |makers| makers.install(all))?;
         let epoch = step / self.steps_per_epoch();
-        Ok(Batch { step, epoch, sample_ids, views, locals, teacher })
+        Ok(Batch { step, epoch, sample_ids, views, locals, teacher, shuffled_keys })
     }
 
     /// `(B, L, h, w, 3)`: the local views of a step.
@@ -126,25 +157,33 @@ impl Batches {
         let Some(schedule) = &self.locals else { return Vec::new() };
         let (epoch, position) = (step / self.steps_per_epoch(), step % self.steps_per_epoch());
         let order = self.order(epoch);
-        let samples = self.sampler.batch(&order, position).iter();
+        let samples = self.sampler.batch(&order, position);
+        let samples = samples[self.world.share(samples.len())].iter();
         let hand = |index: usize| schedule.hand(self.shards.sample_id(index), epoch);
         samples.flat_map(|&index| hand(index).into_iter().map(move |view| (index, View::Local(view)))).collect()
     }
 
     /// The samples of a step, and the view of each that is the query and the one that is the key.
-    fn rows(&self, step: u64) -> (Vec<u64>, [Vec<(usize, usize)>; 2]) {
+    fn rows(&self, step: u64) -> Rows {
         let (epoch, position) = (step / self.steps_per_epoch(), step % self.steps_per_epoch());
         let order = self.order(epoch);
         let samples = self.sampler.batch(&order, position);
-        let sample_ids: Vec<u64> = samples.iter().map(|&index| self.shards.sample_id(index)).collect();
-        let pairs: Vec<[usize; 2]> = sample_ids.iter().map(|&id| self.views.pair(id, epoch)).collect();
-        let rows = [0, 1].map(|view| samples.iter().zip(&pairs).map(|(&index, pair)| (index, pair[view])).collect());
-        (sample_ids, rows)
+        let views = |index: usize| {
+            let id = self.shards.sample_id(index);
+            (id, self.views.pair(id, epoch).map(|view| (index, view)))
+        };
+        let share = self.world.share(samples.len());
+        let (sample_ids, pairs): (Vec<u64>, Vec<_>) = samples[share.clone()].iter().map(|&index| views(index)).unzip();
+        let shuffled_keys = (self.shuffle_keys && !self.world.is_alone()).then(|| {
+            let shuffle = batch_shuffle(samples.len(), self.seed, step);
+            shuffle[share].iter().map(|&row| views(samples[row as usize]).1[1]).collect()
+        });
+        Rows { sample_ids, views: [0, 1].map(|view| pairs.iter().map(|pair| pair[view]).collect()), shuffled_keys }
     }
 
     /// Asks the disk for what a step is going to read.
     fn will_need(&self, step: u64) -> Result<()> {
-        self.rows(step).1.iter().try_for_each(|rows| self.shards.will_need(rows))?;
+        self.rows(step).all().try_for_each(|rows| self.shards.will_need(rows))?;
         self.shards.will_need_views(&self.local_rows(step))
     }
 

@@ -8,6 +8,7 @@
 //! Weights of other programs come in by `import`, or directly as the start of a run; students leave by `export`.
 
 pub mod args;
+pub mod averaging;
 pub mod batches;
 pub mod config;
 pub mod distillation;
@@ -16,7 +17,10 @@ pub mod import;
 pub mod init;
 pub mod method;
 pub mod part;
+pub mod ranks;
+pub mod saver;
 pub mod step;
+pub mod stopping;
 pub mod teachers;
 pub mod train_log;
 pub mod trainable;
@@ -27,14 +31,17 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 use shared::cli::{print, print_json, with_config_file, with_threads};
+use shared::distributed::World;
 use shared::manifest::Manifest;
 use shared::run::{Losses, Objective, RunDetails, STUDENT_FILE};
+use shared::signals;
 use shared::{Error, Result};
 
 pub use args::{Args, Command, ExportArgs, ImportArgs, Options, TrainArgs};
 pub use config::{Config, Plan};
 pub use export::Exported;
 pub use import::Imported;
+pub use stopping::StopReason;
 pub use trainer::Outcome;
 
 /// What a command did.
@@ -61,6 +68,11 @@ pub struct Trained {
     pub already_finished: bool,
     /// Steps done, over all calls.
     pub steps: u64,
+    /// Steps of the whole run.
+    pub of_steps: u64,
+    /// Why it is not finished: the name of a signal, `time-limit`, or `stop-after-steps`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stopped_by: Option<StopReason>,
     /// Fingerprint of a finished run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fingerprint: Option<String>,
@@ -77,20 +89,36 @@ pub struct Trained {
 /// # Errors
 /// As [`trainer::train`], [`export::export`] and [`import::import`].
 pub fn run(args: &Args) -> Result<Summary> {
+    run_in(args, &World::alone())
+}
+
+/// Runs a command on one of several ranks; all know the summary.
+///
+/// # Errors
+/// As [`run`]; [`Error::Usage`] for commands that are of no use to several ranks.
+pub fn run_in(args: &Args, world: &World) -> Result<Summary> {
     match &args.command {
-        Command::Distill(args) => train(Objective::Distill, args).map(Summary::Trained),
-        Command::Pretrain(args) => train(Objective::Pretrain, args).map(Summary::Trained),
+        Command::Distill(args) => train(Objective::Distill, args, world).map(Summary::Trained),
+        Command::Pretrain(args) => train(Objective::Pretrain, args, world).map(Summary::Trained),
+        Command::Export(_) | Command::Import(_) if !world.is_alone() => world
+            .agree(Err(Error::usage("`export` and `import` run in one process: start them without an MPI launcher"))),
         Command::Export(args) => export::export(args).map(Summary::Exported),
         Command::Import(args) => import::import(args).map(Summary::Imported),
     }
 }
 
-/// Runs a command and prints its summary on standard output.
+/// Runs a command and, on the first rank, prints its summary on standard output.
 ///
 /// # Errors
-/// As [`run`].
-pub fn run_and_print(args: &Args) -> Result<()> {
-    let summary = run(args)?;
+/// As [`run_in`], and [`signals::watch`].
+pub fn run_and_print(args: &Args, world: &World) -> Result<()> {
+    if matches!(args.command, Command::Distill(_) | Command::Pretrain(_)) {
+        signals::watch()?;
+    }
+    let summary = run_in(args, world)?;
+    if !world.is_first() {
+        return Ok(());
+    }
     let json = match &args.command {
         Command::Distill(args) | Command::Pretrain(args) => args.common.json,
         Command::Export(args) => args.json,
@@ -99,11 +127,17 @@ pub fn run_and_print(args: &Args) -> Result<()> {
     if json { print_json(&summary) } else { print(&summary.to_string()) }
 }
 
-fn train(objective: Objective, args: &TrainArgs) -> Result<Trained> {
-    let options = with_config_file(args.config.as_deref(), &args.options)?;
-    let plan = Plan::new(objective, &options, args)?;
-    args.compute.apply()?;
-    let outcome = with_threads(args.common.threads, || trainer::train(objective, &options, &plan))?;
+fn train(objective: Objective, args: &TrainArgs, world: &World) -> Result<Trained> {
+    let settings = || {
+        let options = with_config_file(args.config.as_deref(), &args.options)?;
+        let mut plan = Plan::new(objective, &options, args)?;
+        plan.quiet |= !world.is_first();
+        args.compute.apply()?;
+        Ok((options, plan))
+    };
+    let (options, plan) = world.agree(settings())?;
+    let threads = world.default_threads()?;
+    let outcome = with_threads(args.common.threads.or(threads), || trainer::train(objective, &options, &plan, world))?;
     Trained::new(plan.output, &outcome)
 }
 
@@ -118,6 +152,8 @@ impl Trained {
                 finished: true,
                 already_finished,
                 steps: manifest.count("steps"),
+                of_steps: manifest.count("steps"),
+                stopped_by: None,
                 fingerprint: Some(manifest.fingerprint.clone()),
                 final_losses: Some(details.final_losses),
             })
@@ -125,11 +161,13 @@ impl Trained {
         match outcome {
             Outcome::Trained(manifest) => finished(output, manifest, false),
             Outcome::AlreadyFinished(manifest) => finished(output, manifest, true),
-            &Outcome::Stopped(steps) => Ok(Self {
+            &Outcome::Stopped { steps, of_steps, reason } => Ok(Self {
                 output,
                 finished: false,
                 already_finished: false,
                 steps,
+                of_steps,
+                stopped_by: Some(reason),
                 fingerprint: None,
                 student_file: None,
                 final_losses: None,
@@ -148,7 +186,13 @@ impl std::fmt::Display for Summary {
             Self::Trained(trained) => {
                 let run = trained.output.display();
                 match (&trained.final_losses, trained.already_finished) {
-                    (None, _) => write!(f, "stopped `{run}` after step {}", trained.steps),
+                    (None, _) => {
+                        write!(f, "stopped `{run}` after step {} of {}", trained.steps, trained.of_steps)?;
+                        if let Some(reason) = trained.stopped_by {
+                            write!(f, " {}", reason.phrase())?;
+                        }
+                        f.write_str(": the same command goes on from its last checkpoint")
+                    }
                     (Some(_), true) => write!(f, "`{run}` is finished already: nothing to do"),
                     (Some(losses), false) => write!(
                         f,

@@ -3,13 +3,12 @@
 
 use std::process::ExitCode;
 
-use clap::Parser as _;
-use student_train::Args;
+use student_train::{Args, run_and_print};
 
 #[global_allocator]
 static ALLOCATOR: shared::ops::TensorAllocator = shared::ops::TensorAllocator;
 
 fn main() -> ExitCode {
     shared::ops::reserve_memory();
-    shared::cli::run_main(|| student_train::run_and_print(&Args::parse()))
+    shared::distributed::run_main(|args: &Args, world| run_and_print(args, world))
 }

@@ -4,12 +4,14 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 use shared::checkpoint::Checkpoint;
+use shared::distributed::World;
 use shared::models::Encoder;
 use shared::optim::{Sgd, SgdConfig};
 use shared::rng::KeyedRng;
 use shared::run::{Losses, QUERY_PREFIX, prefixed};
 use shared::{Error, Fault, Result};
 
+use crate::averaging::average;
 use crate::config::{Config, OptimisationConfig};
 use crate::distillation::Distillation;
 use crate::method::{Counters, Method, StepInput};
@@ -20,7 +22,7 @@ pub const SGD_PREFIX: &str = "sgd.";
 /// The name of the student among what learns.
 pub const QUERY_NAME: &str = "query";
 
-/// What a step sees.
+/// What a step sees: the whole batch, or a rank's share of it.
 #[derive(Debug)]
 pub struct Batch {
     /// The step, counted from 0 over the whole run.
@@ -35,6 +37,8 @@ pub struct Batch {
     pub locals: Option<Tensor>,
     /// The teacher's embeddings of the two views, `(B, D)` f32 each.
     pub teacher: Option<[Tensor; 2]>,
+    /// A rank's share of the key's views in the shuffled order of the whole batch; none for a single process, which has them all.
+    pub shuffled_keys: Option<Tensor>,
 }
 
 /// All that changes from step to step.
@@ -47,6 +51,7 @@ pub struct TrainingState {
     optimizers: BTreeMap<&'static str, Sgd>,
     bn_groups: usize,
     accumulate: usize,
+    world: World,
 }
 
 impl TrainingState {
@@ -73,11 +78,18 @@ impl TrainingState {
             optimizers: BTreeMap::new(),
             bn_groups: config.bn_groups,
             accumulate: config.accumulate,
+            world: World::alone(),
         };
         let OptimisationConfig { momentum, weight_decay, .. } = config.optimisation;
         let sgd = || Sgd::new(SgdConfig { momentum, weight_decay });
         state.optimizers = state.trainables().into_iter().map(|trainable| (trainable.name, sgd())).collect();
         Ok(state)
+    }
+
+    /// The same state, one of the equal states of ranks that train together: each step takes a share of a batch.
+    #[must_use]
+    pub fn in_world(self, world: World) -> Self {
+        Self { world, ..self }
     }
 
     /// The encoder that learns.
@@ -117,14 +129,15 @@ impl TrainingState {
 
     /// Makes one step and returns the losses that it minimised.
     ///
-    /// In this order: the method's forward and backward passes with the teacher's terms, descent, what the method does after a
-    /// step.
+    /// In this order: the method's forward and backward passes with the teacher's terms, means over the ranks, descent, what the
+    /// method does after a step.
     ///
     /// # Shapes
-    /// - `shuffle`: a permutation of `0..B`, see [`batch_shuffle`]
+    /// - `shuffle`: a permutation of `0..B`, all ranks' rows, see [`batch_shuffle`]
     ///
     /// # Errors
-    /// [`Error::Invalid`] when the loss is not finite, before the parameters move; [`Error::Shape`] when the batch does not fit.
+    /// [`Error::Invalid`] when the loss is not finite, before the parameters move, with the samples of the first rank where it
+    /// happened; [`Error::Shape`] when the batch does not fit.
     pub fn step(&mut self, batch: &Batch, shuffle: &[u32], lr: f64) -> Result<Losses> {
         let mut gradients = GradientSum::new(self.trainables());
         let input = StepInput {
@@ -132,11 +145,17 @@ impl TrainingState {
             distillation: self.distillation.as_ref(),
             batch,
             shuffle,
-            bn_groups: self.bn_groups,
+            bn_groups: self.bn_groups / self.world.size(),
             accumulate: self.accumulate,
+            world: &self.world,
         };
-        let losses = self.method.gradients(&input, &mut gradients)?;
+        let own = self.method.gradients(&input, &mut gradients)?;
+        let mut losses = own.clone();
+        let mut networks: Vec<_> = self.trainables().into_iter().map(|trainable| trainable.store).collect();
+        networks.extend(self.method.followers());
+        average(&self.world, &mut losses, &mut gradients, &networks)?;
         if !losses.loss.is_finite() {
+            self.world.agree(if own.loss.is_finite() { Ok(()) } else { Err(not_finite(&own, batch)) })?;
             return Err(not_finite(&losses, batch));
         }
         for (trainable, gradients) in gradients.iter() {
@@ -146,7 +165,7 @@ impl TrainingState {
         }
         self.method.after_step()?;
         if let Some(distillation) = &mut self.distillation {
-            distillation.after_step(batch)?;
+            distillation.after_step(batch, &self.world)?;
         }
         Ok(losses)
     }

@@ -7,26 +7,29 @@
 //!    weights to start from;
 //! 4. `metrics.jsonl`, cut back to that checkpoint;
 //! 5. the batches from its step on, made ahead;
-//! 6. steps; after each epoch, and every `--checkpoint-steps`, a checkpoint;
-//! 7. `student.safetensors`, and `manifest.json` last.
+//! 6. steps; a checkpoint when one is due, and when the training is asked to stop;
+//! 7. the last checkpoint, `student.safetensors`, and `manifest.json` last.
 //!
 //! Orders, views and shuffles are functions of the seed and the step, so nothing else needs to be saved.
+//!
+//! Several ranks go through this together. All read; only the first writes, and all start from the checkpoint that it chose.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use shared::checkpoint::{CHECKPOINT_DIRECTORY, Checkpoint, Checkpoints};
 use shared::cli::note_cpu;
 use shared::data_loader::Prefetcher;
+use shared::distributed::World;
 use shared::embedding::SHARDS_ROLE;
 use shared::io::{FileEntry, hash_file, write_atomic};
 use shared::logging::{JsonLines, LogPosition};
 use shared::manifest::{Identity, Manifest, Stage};
 use shared::ops::{Isa, isa};
-use shared::output::{Begun, OutputDir};
+use shared::output::OutputDir;
 use shared::progress::note;
 use shared::run::{CONFIG_FILE, Losses, METRICS_FILE, Objective, RunDetails, StepMetrics};
 use shared::schedule::Cosine;
@@ -39,7 +42,10 @@ use crate::config::{Config, OptimisationConfig, Plan};
 use crate::export::write_student;
 use crate::init::Init;
 use crate::method::Counters;
+use crate::ranks;
+use crate::saver::Saver;
 use crate::step::{Batch, TrainingState, batch_shuffle};
+use crate::stopping::{StopReason, StopWatch};
 use crate::teachers::Teachers;
 use crate::train_log::{Display, EpochSums, TrainLog};
 
@@ -67,8 +73,15 @@ pub enum Outcome {
     Trained(Manifest),
     /// It had been finished before.
     AlreadyFinished(Manifest),
-    /// It was stopped by `--stop-after-steps`; steps done over all calls.
-    Stopped(u64),
+    /// It was stopped before its end.
+    Stopped {
+        /// Steps done, over all calls.
+        steps: u64,
+        /// Steps of the whole run.
+        of_steps: u64,
+        /// Why.
+        reason: StopReason,
+    },
 }
 
 /// Trains, or goes on training, until the run is finished.
@@ -76,38 +89,63 @@ pub enum Outcome {
 /// # Errors
 /// [`Error::Usage`] for settings that make no sense for these inputs; [`Error::Chain`] when inputs, run and settings do not belong
 /// together; [`Error::Invalid`] when the loss stops being finite; what reading and writing files can give.
-pub fn train(objective: Objective, options: &Options, plan: &Plan) -> Result<Outcome> {
-    let shards = ShardSet::open(&plan.shards)?;
-    let teachers = Teachers::open(&plan.embeddings, &shards, options.ensemble)?;
-    let config = Config::new(objective, options, teachers.as_ref().map(Teachers::embedding_dim))?;
-    let mut inputs = vec![shards.manifest().as_input(SHARDS_ROLE, &plan.shards)];
-    inputs.extend(teachers.iter().flat_map(Teachers::as_inputs));
-    let init = Init::find(plan, &config)?;
-    inputs.extend(init.as_ref().map(|init| init.input().clone()));
-    let mut batches = Batches::new(shards, teachers, config.batch_size, config.seed, config.order)?;
-    if config.method.sees_local_views() {
-        batches = batches.with_local_views(config.seed)?;
-    }
-    let batches = Arc::new(batches);
-    let identity = Identity::new(Stage::StudentTrain, &config, config.seed, inputs)?;
-    let output = match OutputDir::begin(&plan.output, &identity, plan.overwrite)? {
-        Begun::Finished(manifest) => return Ok(Outcome::AlreadyFinished(manifest)),
-        Begun::Writing(output) => output,
+pub fn train(objective: Objective, options: &Options, plan: &Plan, world: &World) -> Result<Outcome> {
+    let watch = StopWatch::start(plan.time_limit);
+    let Inputs { config, init, batches, identity } = world.agree(Inputs::find(objective, options, plan, world))?;
+    ranks::check_equal(&identity, world)?;
+    let output = match ranks::begin(plan, &identity, world)? {
+        Ok(output) => output,
+        Err(manifest) => return Ok(Outcome::AlreadyFinished(manifest)),
     };
-    Trainer::start(&config, plan, &identity, init.as_ref(), &output, batches)?.run(output)
+    Trainer::start(&config, plan, &identity, init.as_ref(), output.as_ref(), batches, world)?.run(output, watch)
+}
+
+/// What a run is made from.
+struct Inputs {
+    config: Config,
+    init: Option<Init>,
+    batches: Arc<Batches>,
+    identity: Identity,
+}
+
+impl Inputs {
+    fn find(objective: Objective, options: &Options, plan: &Plan, world: &World) -> Result<Self> {
+        let shards = ShardSet::open(&plan.shards)?;
+        let teachers = Teachers::open(&plan.embeddings, &shards, options.ensemble)?;
+        let config = Config::new(objective, options, teachers.as_ref().map(Teachers::embedding_dim))?;
+        ranks::check_shares(&config, world)?;
+        let mut inputs = vec![shards.manifest().as_input(SHARDS_ROLE, &plan.shards)];
+        inputs.extend(teachers.iter().flat_map(Teachers::as_inputs));
+        let init = Init::find(plan, &config)?;
+        inputs.extend(init.as_ref().map(|init| init.input().clone()));
+        let mut batches = Batches::new(shards, teachers, config.batch_size, config.seed, config.order)?;
+        if config.method.sees_local_views() {
+            batches = batches.with_local_views(config.seed)?;
+        }
+        let batches = Arc::new(batches.shared_out(world, config.method.shuffles_keys()));
+        let identity = Identity::new(Stage::StudentTrain, &config, config.seed, inputs)?;
+        Ok(Self { config, init, batches, identity })
+    }
 }
 
 struct Trainer<'a> {
     config: &'a Config,
     plan: &'a Plan,
+    world: &'a World,
     batches: Arc<Batches>,
-    checkpoints: Checkpoints,
     state: TrainingState,
-    log: TrainLog,
-    config_file: FileEntry,
+    /// Of the first rank only.
+    writer: Option<Writer>,
     /// Steps done.
     step: u64,
     last_epoch: Option<Losses>,
+}
+
+/// What writes the run.
+struct Writer {
+    saver: Saver,
+    log: TrainLog,
+    config_file: FileEntry,
 }
 
 impl<'a> Trainer<'a> {
@@ -116,28 +154,42 @@ impl<'a> Trainer<'a> {
         plan: &'a Plan,
         identity: &Identity,
         init: Option<&Init>,
-        output: &OutputDir,
+        output: Option<&OutputDir>,
         batches: Arc<Batches>,
+        world: &'a World,
     ) -> Result<Self> {
-        let run = output.path();
-        let config_file = write_atomic(run.join(CONFIG_FILE), config.to_toml(init.is_some())?.as_bytes())?;
-        let checkpoints = Checkpoints::open(run.join(CHECKPOINT_DIRECTORY), identity, plan.keep)?;
-        let mut state = TrainingState::new(config)?;
+        let run = plan.output.as_path();
+        let mut state = TrainingState::new(config)?.in_world(world.clone());
+        let directory = run.join(CHECKPOINT_DIRECTORY);
+        let checkpoints = match output {
+            Some(_) => Checkpoints::open(directory, identity, plan.keep)?,
+            None => Checkpoints::reading(directory, identity, plan.keep),
+        };
+        let mut resumed = None;
+        if output.is_some() {
+            resumed = checkpoints.resume(
+                |error| note(&format!("note: a checkpoint is passed over: {error}")),
+                |checkpoint| resume(&mut state, &checkpoint, run, &batches),
+            )?;
+        }
+        let step = world.broadcast(output.map(|_| resumed.as_ref().map(|(step, _)| *step)))?;
+        if let (Some(step), None) = (step, output) {
+            resumed = Some(resume(&mut state, &checkpoints.load(step)?, run, &batches)?);
+        }
+        let step = step.unwrap_or(0);
         let say = |text: &str| {
             if !plan.quiet {
                 note(text);
             }
         };
-        let resumed = checkpoints.resume(
-            |error| note(&format!("note: a checkpoint is passed over: {error}")),
-            |checkpoint| resume(&mut state, &checkpoint, run, &batches),
-        )?;
-        let step = resumed.as_ref().map_or(0, |(step, _)| *step);
         if let (None, Some(init)) = (&resumed, init) {
             say(&init.start(&state)?);
         }
         if !plan.quiet {
             note_cpu();
+        }
+        if !world.is_alone() {
+            say(&format!("{} ranks, {} samples of each batch on each", world.size(), config.batch_size / world.size()));
         }
         if step > 0 {
             say(&format!("resuming after step {step}"));
@@ -146,8 +198,10 @@ impl<'a> Trainer<'a> {
         {
             say(&advice);
         }
-        if let Some(before) =
-            resumed.as_ref().and_then(|(_, progressed)| progressed.isa).filter(|before| *before != isa())
+        if let Some(before) = resumed
+            .as_ref()
+            .and_then(|(_, progressed)| progressed.isa)
+            .filter(|before| *before != isa() && world.is_first())
         {
             note(&format!(
                 "note: the run was computed with {before} and goes on with {}, its bytes will be those of neither; \
@@ -162,34 +216,64 @@ impl<'a> Trainer<'a> {
             quiet: plan.quiet,
         };
         let position = resumed.as_ref().map(|(_, progressed)| (&progressed.metrics, progressed.epoch_sums.clone()));
-        let log = TrainLog::open(run, position, step, display)?;
+        let writer = output
+            .map(|_| {
+                let config_file = write_atomic(run.join(CONFIG_FILE), config.to_toml(init.is_some())?.as_bytes())?;
+                let log = TrainLog::open(run, position, step, display)?;
+                let saver = Saver::new(checkpoints, plan.checkpoints, resumed.as_ref().map(|(step, _)| *step));
+                Ok::<_, Error>(Writer { saver, log, config_file })
+            })
+            .transpose()?;
         let last_epoch = resumed.and_then(|(_, progressed)| progressed.last_epoch);
-        Ok(Self { config, plan, batches, checkpoints, state, log, config_file, step, last_epoch })
+        Ok(Self { config, plan, world, batches, state, writer, step, last_epoch })
     }
 
-    fn run(mut self, output: OutputDir) -> Result<Outcome> {
+    fn run(mut self, output: Option<OutputDir>, watch: StopWatch) -> Result<Outcome> {
         let total = self.config.epochs * self.batches.steps_per_epoch();
         let stop = self.plan.stop_after_steps.map_or(total, |steps| total.min(self.step.saturating_add(steps)));
         let mut batches = self.batches.prefetch(self.step..stop)?;
         while self.step < stop {
+            let began = Instant::now();
             let (metrics, waited) = self.one_step(&mut batches)?;
-            self.log.step(&metrics, waited)?;
-            let epoch_ends = self.step.is_multiple_of(self.batches.steps_per_epoch());
-            if epoch_ends {
-                self.last_epoch = Some(self.log.epoch(&metrics)?);
-            }
-            let due = self.plan.checkpoint_steps.is_some_and(|steps| self.step.is_multiple_of(steps));
-            if epoch_ends || due {
-                self.save()?;
+            let reason = ranks::reason_to_stop(watch.reason(began.elapsed()), self.world)?;
+            let reason = reason.filter(|_| self.step < total);
+            self.write(&metrics, waited, reason.is_some() || self.step == total)?;
+            if let Some(reason) = reason {
+                return Ok(Outcome::Stopped { steps: self.step, of_steps: total, reason });
             }
         }
+        drop(batches);
         if self.step < total {
-            return Ok(Outcome::Stopped(self.step));
+            self.wait()?;
+            return Ok(Outcome::Stopped { steps: self.step, of_steps: total, reason: StopReason::Steps });
         }
-        self.finish(output)
+        let world = self.world;
+        let manifest = self.finish(output)?;
+        Ok(Outcome::Trained(world.broadcast(manifest)?))
     }
 
-    fn one_step(&mut self, batches: &mut Prefetcher<Batch>) -> Result<(StepMetrics, std::time::Duration)> {
+    /// Reports a step, and saves when it is the last one of this call or a checkpoint is due.
+    fn write(&mut self, metrics: &StepMetrics, waited: Duration, last: bool) -> Result<()> {
+        let Some(Writer { saver, log, .. }) = &mut self.writer else { return Ok(()) };
+        log.step(metrics, waited)?;
+        let steps_per_epoch = self.batches.steps_per_epoch();
+        let epoch_end = self.step.is_multiple_of(steps_per_epoch).then_some(self.step / steps_per_epoch);
+        if epoch_end.is_some() {
+            self.last_epoch = Some(log.epoch(metrics)?);
+        }
+        saver.check()?;
+        if last || saver.due(self.step, epoch_end) {
+            self.save()?;
+        }
+        if last { self.wait() } else { Ok(()) }
+    }
+
+    /// Waits until all checkpoints are written.
+    fn wait(&mut self) -> Result<()> {
+        self.writer.as_mut().map_or(Ok(()), |writer| writer.saver.wait())
+    }
+
+    fn one_step(&mut self, batches: &mut Prefetcher<Batch>) -> Result<(StepMetrics, Duration)> {
         let asked = Instant::now();
         let Some(batch) = batches.next() else {
             return Err(Error::invalid("the batches ended before the run", "please report this"));
@@ -212,8 +296,9 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    fn save(&self) -> Result<[FileEntry; 2]> {
-        let (metrics, epoch_sums) = self.log.position()?;
+    fn save(&mut self) -> Result<()> {
+        let Some(Writer { saver, log, .. }) = &mut self.writer else { return Ok(()) };
+        let (metrics, epoch_sums) = log.position()?;
         let steps_per_epoch = self.batches.steps_per_epoch();
         let progressed = Progressed {
             epoch: self.step / steps_per_epoch,
@@ -224,14 +309,18 @@ impl<'a> Trainer<'a> {
             epoch_sums,
             isa: Some(isa()),
         };
-        self.checkpoints.save(self.step, progressed, &self.state.to_tensors()?)
+        saver.save(self.step, progressed, self.state.to_tensors()?)
     }
 
-    fn finish(self, output: OutputDir) -> Result<Outcome> {
+    /// The manifest of the finished run; none but on the first rank.
+    fn finish(self, output: Option<OutputDir>) -> Result<Option<Manifest>> {
+        let (Some(Writer { saver, log, config_file }), Some(output)) = (self.writer, output) else {
+            return Ok(None);
+        };
         let image_size = [self.batches.shards().height(), self.batches.shards().width()];
         let student = write_student(output.path(), self.state.query(), image_size)?;
-        let directory = self.checkpoints.directory();
-        let mut files = vec![self.config_file, student];
+        let directory = saver.checkpoints().directory();
+        let mut files = vec![config_file, student];
         for name in [shared::checkpoint::tensors_file_name(self.step), shared::checkpoint::record_file_name(self.step)]
         {
             let entry = hash_file(directory.join(name))?;
@@ -254,10 +343,10 @@ impl<'a> Trainer<'a> {
             ("steps".into(), self.step),
             ("images".into(), self.step * self.config.batch_size as u64),
         ]);
-        files.push(self.log.finish()?);
+        files.push(log.finish()?);
         let details = serde_json::to_value(details)
             .map_err(|e| Error::invalid(format!("the run's details have no JSON form: {e}"), ""))?;
-        Ok(Outcome::Trained(output.finish(counts, details, files)?))
+        output.finish(counts, details, files).map(Some)
     }
 }
 

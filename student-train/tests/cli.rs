@@ -5,7 +5,6 @@ mod workspace;
 
 use std::collections::BTreeMap;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
 use shared::logging::read_json_lines;
 use shared::models::{Arch, Encoder};
@@ -176,34 +175,6 @@ fn what_a_run_starts_from_is_said() -> Result<()> {
         let line = stderr.lines().find(|line| line.starts_with("starting from ")).unwrap_or_default();
         assert!(line.contains(&format!("tensors of {arch} in `")) && line.contains("; the head is drawn"), "{stderr}");
         assert!(line.contains(pixels) && line.contains("pixels") != pixels.is_empty(), "{stderr}");
-    }
-    Ok(())
-}
-
-#[test]
-fn killed_process_resumes_to_the_bytes_of_a_straight_one() -> Result<()> {
-    let workspace = Workspace::new()?;
-    let more = ["--epochs=4", "--checkpoint-steps=3"];
-    assert_eq!(output(student_train(&workspace, "pretrain", "straight", &more))?.0, Some(0));
-    // Killed as soon as a number of lines are there, wherever the process is by then.
-    for lines in [1, 4, 8] {
-        let mut child = student_train(&workspace, "pretrain", "killed", &more)
-            .spawn()
-            .map_err(Error::io("run", "student-train"))?;
-        let metrics = workspace.path("killed").join("metrics.jsonl");
-        let begun = Instant::now();
-        let written = || std::fs::read_to_string(&metrics).map_or(0, |text| text.lines().count());
-        while written() < lines && begun.elapsed() < Duration::from_mins(1) {
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        child.kill().map_err(Error::io("kill", "student-train"))?;
-        child.wait().map_err(Error::io("wait for", "student-train"))?;
-    }
-    assert_eq!(output(student_train(&workspace, "pretrain", "killed", &more))?.0, Some(0));
-    let (straight, killed) = (workspace.contents("straight"), workspace.contents("killed"));
-    assert_eq!(straight.keys().collect::<Vec<_>>(), killed.keys().collect::<Vec<_>>());
-    for (name, contents) in &straight {
-        assert!(contents == &killed[name], "`{name}` differs");
     }
     Ok(())
 }

@@ -152,6 +152,7 @@ fn disco_row(arch: Arch, args: &Args) -> Result<Row> {
         views: [query_view, key_view],
         locals: None,
         teacher: Some([teacher(SEED + 1)?, teacher(SEED + 2)?]),
+        shuffled_keys: None,
     };
     let step = move || {
         let shuffle = batch_shuffle(batch_size, SEED, batch.step);

@@ -46,6 +46,12 @@ impl ParameterStore {
         self.entries.iter().filter(|(_, entry)| entry.trainable).map(|(name, entry)| (name.as_str(), &entry.parameter))
     }
 
+    /// The running means and variances of batch norm, in order of their names.
+    pub fn running_statistics(&self) -> impl Iterator<Item = &Parameter> {
+        let is_statistic = |name: &str| name.ends_with(".running_mean") || name.ends_with(".running_var");
+        self.entries.iter().filter(move |(name, _)| is_statistic(name)).map(|(_, entry)| &entry.parameter)
+    }
+
     /// The number of trainable values, buffers left out.
     pub fn num_parameters(&self) -> usize {
         let trainable = self.entries.values().filter(|entry| entry.trainable);

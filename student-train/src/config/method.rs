@@ -137,6 +137,11 @@ impl MethodConfig {
         }
     }
 
+    /// Whether keys are embedded in a shuffled order.
+    pub fn shuffles_keys(&self) -> bool {
+        matches!(self, Self::MocoV2(_) | Self::MocoV1(_))
+    }
+
     /// The size of the queue of negatives, if there is one.
     pub fn queue_size(&self) -> Option<usize> {
         match self {

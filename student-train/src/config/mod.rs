@@ -5,6 +5,7 @@ mod distillation;
 mod method;
 mod optimisation;
 mod plan;
+mod time_limit;
 
 use serde::Serialize;
 use shared::data_loader::Order;
@@ -17,6 +18,7 @@ pub use self::distillation::{DistillationConfig, Ensemble, SeedConfig, WeightedT
 pub use self::method::{MethodConfig, MethodName, MocoConfig, SwavConfig};
 pub use self::optimisation::OptimisationConfig;
 pub use self::plan::Plan;
+pub use self::time_limit::TimeLimit;
 use crate::args::Options;
 
 /// Samples that share batch-norm statistics unless told otherwise: those of one GPU in the official setting.

@@ -1,12 +1,18 @@
 //! What a run is made from and how it is carried out; no byte of the result depends on the latter.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use shared::run::Objective;
 use shared::{Error, Result};
 
 use super::DistillationConfig;
 use crate::args::{Options, TrainArgs};
+use crate::config::TimeLimit;
+use crate::saver::CheckpointPolicy;
+
+/// How old the last checkpoint may grow unless told otherwise.
+const CHECKPOINT_MINUTES: f64 = 10.0;
 
 /// What a run is made from and how it is carried out; no byte of the result depends on the latter.
 #[derive(Debug, Clone, PartialEq)]
@@ -19,10 +25,12 @@ pub struct Plan {
     pub init: Option<PathBuf>,
     /// The run.
     pub output: PathBuf,
-    /// Additional checkpoints; none at epochs only.
-    pub checkpoint_steps: Option<u64>,
+    /// When checkpoints are written.
+    pub checkpoints: CheckpointPolicy,
     /// Checkpoints that stay.
     pub keep: usize,
+    /// How long this call may train.
+    pub time_limit: Option<Duration>,
     /// Steps after which to stop as if killed.
     pub stop_after_steps: Option<u64>,
     /// Start again.
@@ -53,8 +61,15 @@ impl Plan {
                 None => Vec::new(),
             },
         };
-        if options.checkpoint_steps == Some(0) || options.keep == Some(0) {
-            return Err(Error::usage("`--checkpoint-steps` and `--keep` must be at least 1"));
+        let keep = options.keep.unwrap_or(2);
+        for (flag, value) in [
+            ("checkpoint-steps", options.checkpoint_steps),
+            ("checkpoint-epochs", options.checkpoint_epochs),
+            ("keep", Some(keep as u64)),
+        ] {
+            if value == Some(0) {
+                return Err(Error::usage(format!("`--{flag}` must be at least 1")));
+            }
         }
         if options.init_head == Some(true) && options.init.is_none() {
             return Err(Error::usage("`--init-head` needs `--init`, which names the weights to take the head from"));
@@ -64,11 +79,23 @@ impl Plan {
             embeddings,
             init: options.init.clone(),
             output: required(&options.output, "output")?,
-            checkpoint_steps: options.checkpoint_steps,
-            keep: options.keep.unwrap_or(2),
+            checkpoints: CheckpointPolicy {
+                steps: options.checkpoint_steps,
+                epochs: options.checkpoint_epochs,
+                interval: minutes("checkpoint-minutes", options.checkpoint_minutes.unwrap_or(CHECKPOINT_MINUTES))?,
+            },
+            keep,
+            time_limit: options.time_limit.map(TimeLimit::duration),
             stop_after_steps: args.stop_after_steps,
             overwrite: args.common.overwrite,
             quiet: args.common.quiet,
         })
     }
+}
+
+fn minutes(flag: &str, minutes: f64) -> Result<Duration> {
+    Duration::try_from_secs_f64(60.0 * minutes)
+        .ok()
+        .filter(|duration| !duration.is_zero())
+        .ok_or_else(|| Error::usage(format!("`--{flag}` must be a positive number, got {minutes}")))
 }

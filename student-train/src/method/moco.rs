@@ -11,7 +11,7 @@ use shared::run::{Losses, prefixed};
 use shared::tensor_file::TensorFile;
 use shared::{Error, Result};
 
-use super::{Contrast, Counters, Queue, StepInput, two_views};
+use super::{Contrast, Counters, Queue, StepInput, narrow, two_views};
 use crate::config::MocoConfig;
 use crate::part::Part;
 use crate::trainable::GradientSum;
@@ -53,6 +53,11 @@ impl Moco {
         Ok(Self { key: query.momentum_copy()?, queue, temperature, key_momentum, entering: None })
     }
 
+    /// The encoder of the keys.
+    pub(super) fn key(&self) -> &Encoder {
+        &self.key
+    }
+
     /// The negatives.
     pub fn queue(&self) -> &Queue {
         &self.queue
@@ -66,8 +71,9 @@ impl Moco {
     /// `MoCo`, arXiv 1911.05722, algorithm 1; `DisCo`, arXiv 2104.09124, section 3; official `DisCo` code @ 1d732c8,
     /// `moco/builder_kq_mse_largeembedding_2048.py`, `forward`.
     pub(super) fn gradients(&mut self, input: &StepInput<'_>, gradients: &mut GradientSum) -> Result<Losses> {
-        let keys = self.embed_keys(input)?; // (B, D)
-        let losses = two_views(input, Some(Contrast { moco: self, keys: &keys }), gradients)?;
+        let keys = self.embed_keys(input)?; // (B, D), of all ranks
+        let own = narrow(&keys, &input.world.share(keys.dim(0)?))?;
+        let losses = two_views(input, Some(Contrast { moco: self, keys: &own }), gradients)?;
         self.entering = Some(keys);
         Ok(losses)
     }
@@ -92,20 +98,23 @@ impl Moco {
     /// Moves the key encoder a little towards the query encoder, then embeds the key's view by it, in training mode.
     ///
     /// The samples are shuffled before they are cut into batch-norm groups and put back afterwards. A key has then been normalised
-    /// together with other samples than its query, whose statistics would give it away.
+    /// together with other samples than its query, whose statistics would give it away. Several ranks shuffle the samples of all:
+    /// each embeds its share of the shuffled batch.
     ///
-    /// Returns `(B, D)` f32, unit rows, without gradient, in the order of the batch.
+    /// Returns `(B, D)` f32, unit rows, without gradient, in the order of the batch of all ranks.
     ///
     /// # Source
     /// `MoCo`, arXiv 1911.05722, section 3.3, "Shuffling BN".
     fn embed_keys(&self, input: &StepInput<'_>) -> Result<Tensor> {
         ema_update(self.key.store(), input.query.store(), self.key_momentum)?;
         let view = &input.batch.views[1];
-        let order = Tensor::new(input.shuffle, view.device())?;
-        let shuffled = view.index_select(&order, 0)?;
+        let shuffled = match &input.batch.shuffled_keys {
+            Some(share) => share.clone(),
+            None => view.index_select(&Tensor::new(input.shuffle, view.device())?, 0)?,
+        };
         let keys = self.key.embeddings(&shuffled, Mode::Train { bn_groups: input.bn_groups })?;
         let back = Tensor::new(inverse(input.shuffle), view.device())?;
-        Ok(keys.index_select(&back, 0)?.detach())
+        Ok(input.world.all_gather(&keys)?.index_select(&back, 0)?)
     }
 
     pub(super) fn to_tensors(&self) -> Result<BTreeMap<String, Tensor>> {

@@ -9,8 +9,9 @@ use std::ops::Range;
 
 use candle_core::Tensor;
 use shared::Result;
+use shared::distributed::World;
 use shared::models::{Encoder, Outputs};
-use shared::ops::Mode;
+use shared::ops::{Mode, ParameterStore};
 use shared::run::Losses;
 use shared::tensor_file::TensorFile;
 
@@ -44,14 +45,16 @@ pub struct StepInput<'a> {
     pub query: &'a Encoder,
     /// What the teacher wants, if there is one.
     pub distillation: Option<&'a Distillation>,
-    /// The samples.
+    /// The samples of this rank.
     pub batch: &'a Batch,
-    /// A permutation of the batch, see [`crate::step::batch_shuffle`].
+    /// A permutation of the batch of all ranks, see [`crate::step::batch_shuffle`].
     pub shuffle: &'a [u32],
-    /// Batch-norm groups of the whole batch.
+    /// Batch-norm groups of this rank.
     pub bn_groups: usize,
     /// Pieces that are computed one after the other.
     pub accumulate: usize,
+    /// The other ranks.
+    pub world: &'a World,
 }
 
 impl StepInput<'_> {
@@ -88,6 +91,14 @@ impl Method {
         match self {
             Self::Swav(swav) => vec![swav.trainable()],
             Self::Moco(_) | Self::Alone => Vec::new(),
+        }
+    }
+
+    /// Networks of its own that run in training mode and do not learn.
+    pub fn followers(&self) -> Vec<ParameterStore> {
+        match self {
+            Self::Moco(moco) => vec![moco.key().store().clone()],
+            Self::Swav(_) | Self::Alone => Vec::new(),
         }
     }
 
@@ -164,7 +175,7 @@ impl Method {
 #[derive(Debug, Clone, Copy)]
 struct Contrast<'a> {
     moco: &'a Moco,
-    /// `(B, D)` f32, unit rows.
+    /// `(B, D)` f32, unit rows, of this rank's samples.
     keys: &'a Tensor,
 }
 

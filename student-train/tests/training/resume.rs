@@ -1,11 +1,12 @@
 //! Interrupted or not, on one thread or two: the same bytes.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
 use shared::run::{Objective, Run};
 use shared::tensor_file::TensorFile;
 use shared::{Error, Result};
+use student_train::StopReason;
 
 use crate::train;
 use crate::workspace::{EMBEDDING_DIM, Workspace};
@@ -39,14 +40,15 @@ fn steps_after_the_last_checkpoint_are_made_again() -> Result<()> {
     let workspace = Workspace::new()?;
     train(&workspace, "distill", "straight", &[])?;
     // Checkpoints at epochs only, after steps 2 and 4: a death after 1 starts again, one after 3 goes back to 2.
-    train(&workspace, "distill", "killed", &["--stop-after-steps=1"])?;
-    let stopped = train(&workspace, "distill", "killed", &["--stop-after-steps=3"])?;
+    let epochs = "--checkpoint-epochs=1";
+    train(&workspace, "distill", "killed", &[epochs, "--stop-after-steps=1"])?;
+    let stopped = train(&workspace, "distill", "killed", &[epochs, "--stop-after-steps=3"])?;
     assert_eq!(stopped.steps, 3);
     let lines = |run: &str| fs::read_to_string(workspace.path(run).join("metrics.jsonl")).unwrap_or_default();
     assert_eq!(lines("killed").lines().count(), 4);
-    let resumed = train(&workspace, "distill", "killed", &["--stop-after-steps=1"])?;
-    assert_eq!(resumed.steps, 3);
-    train(&workspace, "distill", "killed", &[])?;
+    let resumed = train(&workspace, "distill", "killed", &[epochs, "--stop-after-steps=1"])?;
+    assert_eq!((resumed.steps, resumed.of_steps, resumed.stopped_by), (3, STEPS, Some(StopReason::Steps)));
+    train(&workspace, "distill", "killed", &["--keep=1"])?;
     assert_same(&workspace.contents("straight"), &workspace.contents("killed"));
     Ok(())
 }
@@ -72,13 +74,22 @@ fn death_between_checkpoint_and_manifest_is_no_loss() -> Result<()> {
 fn thread_count_and_checkpoint_habits_change_no_byte_of_the_result() -> Result<()> {
     let workspace = Workspace::new()?;
     train(&workspace, "distill", "one", &["--threads=1"])?;
-    train(&workspace, "distill", "two", &["--threads=2", "--checkpoint-steps=1", "--keep=1"])?;
+    train(
+        &workspace,
+        "distill",
+        "two",
+        &["--threads=2", "--checkpoint-steps=1", "--keep=3", "--checkpoint-minutes=0.001"],
+    )?;
     let (one, two) = (workspace.contents("one"), workspace.contents("two"));
     for name in ["manifest.json", "metrics.jsonl", "config.toml", "student.safetensors", "step-00000004.safetensors"] {
         assert_eq!(one.get(name), two.get(name), "{name}");
         assert!(one.contains_key(name), "{name}");
     }
-    assert!(one.contains_key("step-00000002.json") && !two.contains_key("step-00000002.json"));
+    // A short run has its last checkpoint only, unless it is told otherwise.
+    assert_eq!(checkpoints(&one), [4]);
+    assert_eq!(checkpoints(&two), [2, 3, 4]);
+    train(&workspace, "distill", "epochs", &["--checkpoint-epochs=1", "--threads=2"])?;
+    assert_eq!(checkpoints(&workspace.contents("epochs")), [2, 4]);
     Ok(())
 }
 
@@ -101,7 +112,7 @@ fn damaged_checkpoint_is_passed_over() -> Result<()> {
 #[test]
 fn changed_metrics_are_noticed() -> Result<()> {
     let workspace = Workspace::new()?;
-    train(&workspace, "pretrain", "run", &["--stop-after-steps=3"])?;
+    train(&workspace, "pretrain", "run", &["--checkpoint-steps=2", "--stop-after-steps=3"])?;
     let metrics = workspace.path("run").join("metrics.jsonl");
     let text = fs::read_to_string(&metrics).map_err(Error::io("read", &metrics))?;
     shared::io::write_atomic(&metrics, text.replacen("\"step\":1", "\"step\":9", 1).as_bytes())?;
@@ -160,10 +171,25 @@ fn run_holds_what_its_readers_need() -> Result<()> {
     Ok(())
 }
 
-fn assert_same<T: PartialEq>(
-    expected: &std::collections::BTreeMap<String, T>,
-    found: &std::collections::BTreeMap<String, T>,
-) {
+/// The steps of which a run holds checkpoints.
+fn checkpoints(contents: &BTreeMap<String, Vec<u8>>) -> Vec<u64> {
+    let step = |name: &String| name.strip_prefix("step-")?.strip_suffix(".json")?.parse().ok();
+    contents.keys().filter_map(step).collect()
+}
+
+#[test]
+fn time_limit_leaves_a_checkpoint_and_the_same_command_goes_on() -> Result<()> {
+    let workspace = Workspace::new()?;
+    train(&workspace, "pretrain", "straight", &["--epochs=3000", "--time-limit=1s"]).map(|stopped| {
+        assert_eq!((stopped.finished, stopped.stopped_by), (false, Some(StopReason::TimeLimit)));
+        assert!((1..6000).contains(&stopped.steps), "{stopped:?}");
+        assert_eq!(checkpoints(&workspace.contents("straight")), [stopped.steps]);
+        let resumed = train(&workspace, "pretrain", "straight", &["--epochs=3000", "--stop-after-steps=0"]);
+        assert_eq!(resumed.map(|resumed| resumed.steps).unwrap_or_default(), stopped.steps);
+    })
+}
+
+fn assert_same<T: PartialEq>(expected: &BTreeMap<String, T>, found: &BTreeMap<String, T>) {
     assert_eq!(expected.keys().collect::<Vec<_>>(), found.keys().collect::<Vec<_>>());
     for (name, contents) in expected {
         assert!(contents == &found[name], "`{name}` differs");

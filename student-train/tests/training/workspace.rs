@@ -20,7 +20,17 @@ const SIZE: usize = 16;
 
 /// A shard set of noise: two shards, `views` views each.
 pub(crate) fn write_shards(directory: &Path, samples: usize, views: usize, seed: u64) -> Result<()> {
-    write_crops(directory, samples, views, None, seed)
+    write_shards_of(directory, samples, views, seed, SIZE)
+}
+
+/// The same with images of another size, in pixels.
+pub(crate) fn write_shards_of(directory: &Path, samples: usize, views: usize, seed: u64, size: usize) -> Result<()> {
+    write_set(
+        directory,
+        samples,
+        seed,
+        &ShardSetDetails { views, height: size, width: size, ..ShardSetDetails::default() },
+    )
 }
 
 /// The same with small views beside them.
@@ -32,10 +42,14 @@ pub(crate) fn write_crops(
     seed: u64,
 ) -> Result<()> {
     let details = ShardSetDetails { views, height: SIZE, width: SIZE, local, ..ShardSetDetails::default() };
+    write_set(directory, samples, seed, &details)
+}
+
+fn write_set(directory: &Path, samples: usize, seed: u64, details: &ShardSetDetails) -> Result<()> {
     fs::create_dir_all(directory).map_err(shared::Error::io("create", directory))?;
     let mut files = Vec::new();
     for (index, ids) in split(samples).into_iter().enumerate() {
-        let mut writer = ShardWriter::with_layout(directory.join(shard_file_name(index)), ids.len(), &details)?;
+        let mut writer = ShardWriter::with_layout(directory.join(shard_file_name(index)), ids.len(), details)?;
         for id in ids {
             let mut rng = KeyedRng::new("test pixels", seed, &[id]);
             let mut pieces = |views: usize, size: usize| Pieces {
@@ -43,8 +57,8 @@ pub(crate) fn write_crops(
                 lengths: vec![size * size * 3; views],
                 params: vec![0.0; views * VIEW_PARAMETERS.len()],
             };
-            let global = pieces(views, SIZE);
-            let local = local.map(|local| pieces(local.views, local.size)).unwrap_or_default();
+            let global = pieces(details.views, details.height);
+            let local = details.local.map(|local| pieces(local.views, local.size)).unwrap_or_default();
             writer.push_sample(id, -1, &SampleViews { global, local, ..SampleViews::default() })?;
         }
         files.push(writer.finish()?);
@@ -132,8 +146,10 @@ impl Workspace {
         // `--flag=value` of a test replaces what stands above.
         for pair in more {
             let flag = pair.split('=').next().unwrap_or_default();
-            if let Some(at) = arguments.iter().position(|known| known == flag) {
-                arguments.drain(at..at + 2);
+            let same = |known: &String| known == flag || known.split_once('=').is_some_and(|(known, _)| known == flag);
+            if let Some(at) = arguments.iter().position(same) {
+                let joined = arguments[at].contains('=');
+                arguments.drain(at..at + if joined { 1 } else { 2 });
             }
             arguments.push((*pair).to_string());
         }

@@ -73,6 +73,7 @@ fn batch(step: u64, teachers: usize) -> Result<Batch> {
         views: [view("q")?, view("k")?],
         locals: None,
         teacher: Some([target("q", step, teachers)?, target("k", step, teachers)?]),
+        shuffled_keys: None,
     })
 }
 
