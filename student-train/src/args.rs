@@ -8,7 +8,7 @@ use shared::cli::{CommonArgs, ComputeArgs};
 use shared::data_loader::Order;
 use shared::models::Arch;
 
-use crate::config::{DistillTerms, DistillViews, Ensemble, MethodName, TimeLimit};
+use crate::config::{DistillTerms, DistillViews, Ensemble, HeadSource, MethodName, TimeLimit};
 
 /// Trains small vision models without labels, alone or under a teacher
 #[derive(Debug, Clone, Parser)]
@@ -32,6 +32,7 @@ pub enum Command {
     #[command(
         mut_arg("embeddings", |arg| arg.hide(true)),
         mut_arg("ensemble", |arg| arg.hide(true)),
+        mut_arg("head", |arg| arg.hide(true)),
         mut_arg("distill", |arg| arg.hide(true)),
         mut_arg("distill_weight", |arg| arg.hide(true)),
         mut_arg("distill_views", |arg| arg.hide(true)),
@@ -184,6 +185,16 @@ pub struct Options {
     #[arg(long, value_name = "METHOD", help_heading = "Objective")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub method: Option<MethodName>,
+
+    /// Whose projection head makes embeddings [default: own]
+    ///
+    /// retro: an adapter of one linear layer learns to feed the teacher's own head, which stays frozen; contrast and distance act on
+    /// what it gives. The embedding set must carry that head along, as `teacher-embed embed` writes it for every teacher with a head,
+    /// unless `--center` or `--pca` is given. Such a run can be evaluated, exported, embedded with and continued from; an ONNX graph of
+    /// it has no `--head`, and its embeddings lend no head to further students.
+    #[arg(long, value_name = "WHOSE", help_heading = "Teacher")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub head: Option<HeadSource>,
 
     /// Hidden width of the projection head [default: 2048; moco-v1 has none]
     ///
@@ -466,6 +477,7 @@ mod tests {
                 "\"mse=1\"",
                 "\"query\"",
                 "\"mean\"",
+                "\"retro\"",
                 "\"1h\"",
             ]
             .iter()

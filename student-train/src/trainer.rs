@@ -24,10 +24,11 @@ use shared::checkpoint::{CHECKPOINT_DIRECTORY, Checkpoint, Checkpoints};
 use shared::cli::note_cpu;
 use shared::data_loader::Prefetcher;
 use shared::distributed::World;
-use shared::embedding::SHARDS_ROLE;
+use shared::embedding::{HEAD_FILE, SHARDS_ROLE};
 use shared::io::{FileEntry, hash_file, write_atomic};
 use shared::logging::{JsonLines, LogPosition};
 use shared::manifest::{Identity, Manifest, Stage};
+use shared::models::MlpHead;
 use shared::ops::{Isa, isa};
 use shared::output::OutputDir;
 use shared::progress::note;
@@ -38,7 +39,7 @@ use shared::{Error, Fault, Result};
 
 use crate::args::{LrUnit, Options};
 use crate::batches::{Batches, queue_advice};
-use crate::config::{Config, OptimisationConfig, Plan};
+use crate::config::{Config, HeadSource, OptimisationConfig, Plan};
 use crate::export::write_student;
 use crate::init::Init;
 use crate::method::Counters;
@@ -91,13 +92,15 @@ pub enum Outcome {
 /// together; [`Error::Invalid`] when the loss stops being finite; what reading and writing files can give.
 pub fn train(objective: Objective, options: &Options, plan: &Plan, world: &World) -> Result<Outcome> {
     let watch = StopWatch::start(plan.time_limit);
-    let Inputs { config, init, batches, identity } = world.agree(Inputs::find(objective, options, plan, world))?;
+    let Inputs { config, init, batches, identity, teacher_head } =
+        world.agree(Inputs::find(objective, options, plan, world))?;
     ranks::check_equal(&identity, world)?;
     let output = match ranks::begin(plan, &identity, world)? {
         Ok(output) => output,
         Err(manifest) => return Ok(Outcome::AlreadyFinished(manifest)),
     };
-    Trainer::start(&config, plan, &identity, init.as_ref(), output.as_ref(), batches, world)?.run(output, watch)
+    Trainer::start(&config, plan, &identity, init.as_ref(), output.as_ref(), batches, teacher_head, world)?
+        .run(output, watch)
 }
 
 /// What a run is made from.
@@ -106,13 +109,22 @@ struct Inputs {
     init: Option<Init>,
     batches: Arc<Batches>,
     identity: Identity,
+    /// What the student's adapter feeds.
+    teacher_head: Option<Arc<MlpHead>>,
 }
 
 impl Inputs {
     fn find(objective: Objective, options: &Options, plan: &Plan, world: &World) -> Result<Self> {
         let shards = ShardSet::open(&plan.shards)?;
         let teachers = Teachers::open(&plan.embeddings, &shards, options.ensemble)?;
-        let config = Config::new(objective, options, teachers.as_ref().map(Teachers::embedding_dim))?;
+        let mut config = Config::new(objective, options, teachers.as_ref().map(Teachers::embedding_dim))?;
+        let teacher_head = match (&teachers, config.head_source) {
+            (Some(teachers), HeadSource::Retro) => Some(Arc::new(teachers.head()?)),
+            _ => None,
+        };
+        if let Some(head) = &teacher_head {
+            config.reuse_head(head.config());
+        }
         ranks::check_shares(&config, world)?;
         let mut inputs = vec![shards.manifest().as_input(SHARDS_ROLE, &plan.shards)];
         inputs.extend(teachers.iter().flat_map(Teachers::as_inputs));
@@ -124,7 +136,7 @@ impl Inputs {
         }
         let batches = Arc::new(batches.shared_out(world, config.method.shuffles_keys()));
         let identity = Identity::new(Stage::StudentTrain, &config, config.seed, inputs)?;
-        Ok(Self { config, init, batches, identity })
+        Ok(Self { config, init, batches, identity, teacher_head })
     }
 }
 
@@ -133,6 +145,7 @@ struct Trainer<'a> {
     plan: &'a Plan,
     world: &'a World,
     batches: Arc<Batches>,
+    teacher_head: Option<Arc<MlpHead>>,
     state: TrainingState,
     /// Of the first rank only.
     writer: Option<Writer>,
@@ -156,10 +169,11 @@ impl<'a> Trainer<'a> {
         init: Option<&Init>,
         output: Option<&OutputDir>,
         batches: Arc<Batches>,
+        teacher_head: Option<Arc<MlpHead>>,
         world: &'a World,
     ) -> Result<Self> {
         let run = plan.output.as_path();
-        let mut state = TrainingState::new(config)?.in_world(world.clone());
+        let mut state = TrainingState::with_teacher_head(config, teacher_head.clone())?.in_world(world.clone());
         let directory = run.join(CHECKPOINT_DIRECTORY);
         let checkpoints = match output {
             Some(_) => Checkpoints::open(directory, identity, plan.keep)?,
@@ -225,7 +239,7 @@ impl<'a> Trainer<'a> {
             })
             .transpose()?;
         let last_epoch = resumed.and_then(|(_, progressed)| progressed.last_epoch);
-        Ok(Self { config, plan, world, batches, state, writer, step, last_epoch })
+        Ok(Self { config, plan, world, batches, teacher_head, state, writer, step, last_epoch })
     }
 
     fn run(mut self, output: Option<OutputDir>, watch: StopWatch) -> Result<Outcome> {
@@ -321,6 +335,9 @@ impl<'a> Trainer<'a> {
         let student = write_student(output.path(), self.state.query(), image_size)?;
         let directory = saver.checkpoints().directory();
         let mut files = vec![config_file, student];
+        if let Some(head) = &self.teacher_head {
+            files.push(head.write(output.path().join(HEAD_FILE))?);
+        }
         for name in [shared::checkpoint::tensors_file_name(self.step), shared::checkpoint::record_file_name(self.step)]
         {
             let entry = hash_file(directory.join(name))?;
@@ -333,6 +350,7 @@ impl<'a> Trainer<'a> {
             head: self.config.head().kind,
             head_hidden: self.config.head_hidden,
             embedding_dim: self.config.embedding_dim,
+            adapter_width: self.config.adapter_width,
             image_size,
             checkpoint: format!("{CHECKPOINT_DIRECTORY}/{}", shared::checkpoint::tensors_file_name(self.step)),
             final_losses: self.last_epoch.clone().unwrap_or_default(),
