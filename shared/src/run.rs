@@ -3,13 +3,16 @@
 //! ```text
 //! manifest.json           details: [`RunDetails`]
 //! config.toml             the resolved options
-//! metrics.jsonl           [`StepMetrics`] after every step, [`EpochMetrics`] after every epoch
+//! metrics.jsonl           [`StepMetrics`] after every step, [`EpochMetrics`] after every epoch, [`ProbeMetrics`] after every probe
 //! timing.jsonl            how fast it went and on what: `seconds`, `images_per_second`, `data_wait_percent`, `peak_memory_bytes` of the
-//!                         process so far (Linux), `isa`, `threads`; differs from run to run, so the manifest does not list it
+//!                         process so far (Linux), `isa`, `threads`, and how far the embeddings spread: `embedding_spread`,
+//!                         `queue_similarity`; differs from run to run, so the manifest does not list it
+//! tensorboard/            the same numbers for `TensorBoard`, see [`crate::tensorboard`]; not listed for the same reason
 //! checkpoints/            see [`crate::checkpoint`]; tensors `query.*`, `key.*`, `sgd.*`, `queue`; of
 //!                         `SwAV` `prototypes.weight` and `swav_queue.*` in place of key encoder and queue
 //! student.safetensors     the backbone of the query encoder, names of torchvision and timm
 //! head.safetensors        of a run with the teacher's own head, that head: see [`crate::models::MlpHead`]
+//! student-best.safetensors  the same when the probe was best: [`BestStudent`]
 //! ```
 
 use std::collections::BTreeMap;
@@ -21,7 +24,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::embedding::HEAD_FILE;
 use crate::error::{Error, Fault, Result};
-use crate::io::hash_file;
+use crate::io::{FileEntry, hash_file};
+use crate::knn::KnnAccuracy;
 use crate::logging::read_json_lines;
 use crate::manifest::{MANIFEST_FILE, Manifest, Stage};
 use crate::models::{Arch, Encoder, HeadConfig, HeadKind, MlpHead};
@@ -29,6 +33,10 @@ use crate::tensor_file::TensorFile;
 
 /// File name of the exported backbone.
 pub const STUDENT_FILE: &str = "student.safetensors";
+/// File name of the backbone that the probe found best.
+pub const BEST_STUDENT_FILE: &str = "student-best.safetensors";
+/// Directory of the event files for `TensorBoard`.
+pub const TENSORBOARD_DIRECTORY: &str = "tensorboard";
 /// File name of the losses.
 pub const METRICS_FILE: &str = "metrics.jsonl";
 /// File name of the speeds and the memory.
@@ -125,6 +133,42 @@ pub struct EpochMetrics {
     pub losses: Losses,
 }
 
+/// Tells a probe's line from others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ProbeEvent {
+    /// The only kind there is.
+    Probe,
+}
+
+/// A probe's line in `metrics.jsonl`: k-NN on features of the query encoder, in evaluation mode.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ProbeMetrics {
+    /// Marks the line.
+    pub event: ProbeEvent,
+    /// The epoch that had ended, counted from 0.
+    pub epoch: u64,
+    /// Steps done.
+    pub step: u64,
+    /// Accuracy in percent.
+    #[serde(flatten)]
+    pub accuracy: KnnAccuracy,
+}
+
+/// The student that a probe during the training found best; the earliest of equally good ones.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BestStudent {
+    /// The epoch that had ended, counted from 0.
+    pub epoch: u64,
+    /// Steps done.
+    pub step: u64,
+    /// Accuracy in percent.
+    pub accuracy: KnnAccuracy,
+    /// Its backbone.
+    pub file: FileEntry,
+}
+
 /// How the losses of a run went.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Metrics {
@@ -132,12 +176,15 @@ pub struct Metrics {
     pub steps: Vec<StepMetrics>,
     /// Epoch by epoch.
     pub epochs: Vec<EpochMetrics>,
+    /// Probe by probe.
+    pub probes: Vec<ProbeMetrics>,
 }
 
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Line {
     Epoch(EpochMetrics),
+    Probe(ProbeMetrics),
     Step(StepMetrics),
 }
 
@@ -145,12 +192,13 @@ impl Metrics {
     /// Reads a `metrics.jsonl`.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Damaged`] for a line that is neither a step nor an epoch.
+    /// [`Error::Io`]; [`Error::Damaged`] for a line that is no step, epoch or probe.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let mut metrics = Self::default();
         for line in read_json_lines(path)? {
             match line {
                 Line::Epoch(epoch) => metrics.epochs.push(epoch),
+                Line::Probe(probe) => metrics.probes.push(probe),
                 Line::Step(step) => metrics.steps.push(step),
             }
         }
@@ -187,6 +235,9 @@ pub struct RunDetails {
     /// Means over the last epoch.
     #[serde(rename = "final")]
     pub final_losses: Losses,
+    /// What the probe found best, if there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub best: Option<BestStudent>,
 }
 
 impl RunDetails {
@@ -326,9 +377,17 @@ mod tests {
         let mut log = crate::logging::JsonLines::create(&path).unwrap();
         log.append(&step).unwrap();
         log.append(&epoch).unwrap();
+        let accuracy = KnnAccuracy { k: 20, top1: 12.5, top5: 50.0 };
+        let probe = ProbeMetrics { event: ProbeEvent::Probe, epoch: 0, step: 1, accuracy };
+        log.append(&probe).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
         let expected = r#"{"step":1,"epoch":0,"lr":0.03,"loss":0.1,"distill_q":1.5,"info_nce":0.2,"top1":50.0}"#;
         assert_eq!(text.lines().next(), Some(expected));
-        assert_eq!(Metrics::read(&path).unwrap(), Metrics { steps: vec![step], epochs: vec![epoch] });
+        assert_eq!(
+            Metrics::read(&path).unwrap(),
+            Metrics { steps: vec![step], epochs: vec![epoch], probes: vec![probe] }
+        );
+        let expected = r#"{"event":"probe","epoch":0,"step":1,"k":20,"top1":12.5,"top5":50.0}"#;
+        assert_eq!(text.lines().nth(2), Some(expected));
     }
 }

@@ -325,6 +325,35 @@ pub struct Options {
     #[arg(long, value_name = "TIME", help_heading = "Checkpoints")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub time_limit: Option<TimeLimit>,
+
+    /// Labelled shard set in which a probe looks for nearest neighbours while the student learns [default: no probe]
+    ///
+    /// The probe classifies the samples of `--probe-val`, or each sample of this set by the others, by the features of the student as
+    /// `student-eval knn` does. It changes nothing of the training. Its accuracy goes to `metrics.jsonl` and `TensorBoard`, and the best
+    /// student so far to `student-best.safetensors`.
+    #[arg(long, value_name = "DIR", help_heading = "Probe")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub probe_train: Option<PathBuf>,
+
+    /// Labelled shard set that the probe classifies; not the one that the results are reported on
+    #[arg(long, value_name = "DIR", help_heading = "Probe")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub probe_val: Option<PathBuf>,
+
+    /// Epochs between probes; there is one at the end of the run [default: 10]
+    #[arg(long, value_name = "N", help_heading = "Probe")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub probe_epochs: Option<u64>,
+
+    /// Neighbours that vote in the probe [default: 20]
+    #[arg(long, value_name = "N", help_heading = "Probe")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub probe_k: Option<usize>,
+
+    /// Steps between points of the curves in `tensorboard/` [default: 10]
+    #[arg(long, value_name = "N", help_heading = "Common options")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log_steps: Option<u64>,
 }
 
 /// Reads a path or a list of paths.
@@ -467,24 +496,20 @@ mod tests {
             .collect();
         assert!(keys.len() > 15);
         for key in keys {
-            let known = [
+            let values = [
                 "1",
                 "true",
                 "\"resnet18\"",
                 "\"step\"",
                 "\"quasi\"",
                 "\"none\"",
+                "\"1h\"",
                 "\"mse=1\"",
                 "\"query\"",
                 "\"mean\"",
                 "\"retro\"",
-                "\"1h\"",
-            ]
-            .iter()
-            .any(|value| {
-                let text = format!("{key} = {value}");
-                toml::from_str::<Options>(&text).is_ok()
-            });
+            ];
+            let known = values.iter().any(|value| toml::from_str::<Options>(&format!("{key} = {value}")).is_ok());
             assert!(known, "`{key}` is a flag and no key");
         }
     }

@@ -28,6 +28,7 @@ const BATCHES_AHEAD: usize = 2;
 pub struct Batches {
     shards: ShardSet,
     teachers: Option<Teachers>,
+    seed: u64,
     sampler: EpochSampler,
     views: ViewSchedule,
     /// None unless the method sees local views.
@@ -37,7 +38,6 @@ pub struct Batches {
     makers: Option<ThreadPool>,
     /// The orders of the epochs that the workers are in.
     orders: Mutex<BTreeMap<u64, Arc<Vec<usize>>>>,
-    seed: u64,
     /// Whose share is made.
     world: World,
     /// Whether the shares of several ranks have the key's views of the shuffled batch as well.
@@ -83,24 +83,15 @@ impl Batches {
         Ok(Self {
             shards,
             teachers,
+            seed,
             sampler,
             views,
             makers: makers.transpose()?,
             orders: Mutex::default(),
-            seed,
             world: World::alone(),
             shuffle_keys: false,
             locals: None,
         })
-    }
-
-    /// The same batches with the local views of the set, if it has any: for methods that see them.
-    ///
-    /// # Errors
-    /// As [`LocalSchedule::new`].
-    pub fn with_local_views(self, seed: u64) -> Result<Self> {
-        let schedule = LocalSchedule::new(self.shards.views(), self.shards.local_views(), seed)?;
-        Ok(Self { locals: (schedule.hand_size() > 0).then_some(schedule), ..self })
     }
 
     /// Makes this rank's share of every batch, the rows `[r * B / R, (r + 1) * B / R)` of the same global batch. With `shuffle_keys` it
@@ -108,6 +99,15 @@ impl Batches {
     #[must_use]
     pub fn shared_out(self, world: &World, shuffle_keys: bool) -> Self {
         Self { world: world.clone(), shuffle_keys, ..self }
+    }
+
+    /// The same batches with the local views of the set, if it has any: for methods that see them.
+    ///
+    /// # Errors
+    /// As [`LocalSchedule::new`].
+    pub fn with_local_views(self) -> Result<Self> {
+        let schedule = LocalSchedule::new(self.shards.views(), self.shards.local_views(), self.seed)?;
+        Ok(Self { locals: (schedule.hand_size() > 0).then_some(schedule), ..self })
     }
 
     /// Whole batches in an epoch.
@@ -136,9 +136,9 @@ impl Batches {
         let views = |rows: &[(usize, usize)]| normalized_batch(&self.shards, rows, Normalization::Imagenet);
         let all = || {
             let shuffled_keys = shuffled_keys.as_deref().map(views).transpose()?;
-            Ok::<_, shared::Error>(([views(&query_rows)?, views(&key_rows)?], self.local_views(step)?, shuffled_keys))
+            Ok::<_, shared::Error>(([views(&query_rows)?, views(&key_rows)?], shuffled_keys, self.local_views(step)?))
         };
-        let (views, locals, shuffled_keys) = self.makers.as_ref().map_or_else(all, |makers| makers.install(all))?;
+        let (views, shuffled_keys, locals) = self.makers.as_ref().map_or_else(all, |makers| makers.install(all))?;
         let epoch = step / self.steps_per_epoch();
         Ok(Batch { step, epoch, sample_ids, views, locals, teacher, shuffled_keys })
     }
@@ -152,15 +152,15 @@ impl Batches {
         Ok(Some(flat.reshape((rows / count, count, height, width, channels))?))
     }
 
-    /// The local views of a step, those of one sample together.
+    /// The local views of this rank's share of a step, those of one sample together.
     fn local_rows(&self, step: u64) -> Vec<(usize, View)> {
         let Some(schedule) = &self.locals else { return Vec::new() };
         let (epoch, position) = (step / self.steps_per_epoch(), step % self.steps_per_epoch());
         let order = self.order(epoch);
         let samples = self.sampler.batch(&order, position);
-        let samples = samples[self.world.share(samples.len())].iter();
         let hand = |index: usize| schedule.hand(self.shards.sample_id(index), epoch);
-        samples.flat_map(|&index| hand(index).into_iter().map(move |view| (index, View::Local(view)))).collect()
+        let views = |&index: &usize| hand(index).into_iter().map(move |view| (index, View::Local(view)));
+        samples[self.world.share(samples.len())].iter().flat_map(views).collect()
     }
 
     /// The samples of a step, and the view of each that is the query and the one that is the key.

@@ -16,6 +16,7 @@ use crate::averaging::average;
 use crate::config::{Config, OptimisationConfig};
 use crate::distillation::Distillation;
 use crate::method::{Counters, Method, StepInput};
+use crate::spread::Observed;
 use crate::trainable::{GradientSum, Trainable};
 
 /// What the names of the optimiser's momenta begin with in a checkpoint.
@@ -52,6 +53,7 @@ pub struct TrainingState {
     optimizers: BTreeMap<&'static str, Sgd>,
     bn_groups: usize,
     accumulate: usize,
+    observed: Observed,
     world: World,
 }
 
@@ -90,6 +92,7 @@ impl TrainingState {
             optimizers: BTreeMap::new(),
             bn_groups: config.bn_groups,
             accumulate: config.accumulate,
+            observed: Observed::default(),
             world: World::alone(),
         };
         let OptimisationConfig { momentum, weight_decay, .. } = config.optimisation;
@@ -107,6 +110,11 @@ impl TrainingState {
     /// The encoder that learns.
     pub fn query(&self) -> &Encoder {
         &self.query
+    }
+
+    /// What is seen of the embeddings of the next step, or was of the last.
+    pub fn observed(&self) -> &Observed {
+        &self.observed
     }
 
     /// What the teacher adds to the loss, if there is one.
@@ -159,6 +167,7 @@ impl TrainingState {
             shuffle,
             bn_groups: self.bn_groups / self.world.size(),
             accumulate: self.accumulate,
+            observed: &self.observed,
             world: &self.world,
         };
         let own = self.method.gradients(&input, &mut gradients)?;

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use image::RgbImage;
 use shared::Result;
+use shared::knn::{ViewChoice, nearest};
 use shared::manifest::Input;
 use shared::shard::{ShardSet, ViewReader};
 use shared::transforms::View;
@@ -11,7 +12,6 @@ use shared::transforms::View;
 use super::collect::{Entry, State};
 use super::summary::{Picture, RunSummary, Summary, is_of};
 use crate::features::{FeatureSet, directory_for};
-use crate::knn::{ViewChoice, nearest};
 use crate::pca;
 use crate::plot::bars::{self, Bars};
 use crate::plot::gallery;
@@ -190,7 +190,7 @@ fn gallery_rows(train: &FeatureSet, val: &FeatureSet, record: &Record, count: us
     let query_rows: Vec<&[f32]> = queries.iter().map(|&query| val_rows.row(query, 0)).collect();
     let labels: Vec<i64> = queries.iter().map(|&query| val_rows.labels()[query]).collect();
     let ids: Vec<u64> = queries.iter().map(|&query| val_rows.sample_ids()[query]).collect();
-    let asked = crate::feature_rows::FeatureRows::new(query_rows, 1, val_rows.width(), &labels, &ids)?;
+    let asked = shared::feature_rows::FeatureRows::new(query_rows, 1, val_rows.width(), &labels, &ids)?;
     // Where both sets are the same, the sample itself comes first and is dropped.
     let same = match &record.measurement {
         Measurement::Knn { config, .. } => config.leave_one_out,

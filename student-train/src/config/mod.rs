@@ -5,6 +5,7 @@ mod distillation;
 mod method;
 mod optimisation;
 mod plan;
+mod probe;
 mod time_limit;
 
 use clap::ValueEnum;
@@ -19,6 +20,7 @@ pub use self::distillation::{DistillationConfig, Ensemble, SeedConfig, WeightedT
 pub use self::method::{MethodConfig, MethodName, MocoConfig, SwavConfig};
 pub use self::optimisation::OptimisationConfig;
 pub use self::plan::Plan;
+pub use self::probe::{ProbeConfig, ProbePaths};
 pub use self::time_limit::TimeLimit;
 use crate::args::Options;
 
@@ -85,6 +87,9 @@ pub struct Config {
     pub order: Order,
     /// Of everything random.
     pub seed: u64,
+    /// How the student is probed while it learns; none without a probe.
+    #[serde(flatten)]
+    pub probe: Option<ProbeConfig>,
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
@@ -143,6 +148,7 @@ impl Config {
             init_head: options.init_head.unwrap_or(false),
             order: options.order.unwrap_or_default(),
             seed: options.seed.unwrap_or(0),
+            probe: ProbeConfig::new(options)?,
         };
         config.check()?;
         Ok(config)
@@ -177,9 +183,10 @@ impl Config {
             Some(_) => " --embeddings EMBEDDINGS --embeddings EMBEDDINGS ...",
         };
         let init = if init { " --init INIT" } else { "" };
+        let probe = if self.probe.is_some() { " --probe-train SHARDS" } else { "" };
         let name = self.objective.name();
         Ok(format!(
-            "# Repeat with: student-train {name} --config config.toml --shards SHARDS{embeddings}{init} --output RUN\n{table}"
+            "# Repeat with: student-train {name} --config config.toml --shards SHARDS{embeddings}{init}{probe} --output RUN\n{table}"
         ))
     }
 

@@ -49,7 +49,7 @@ fn wrong_use_is_told_once() -> Result<()> {
 #[test]
 fn what_is_missing_or_different_on_one_rank_is_named() -> Result<()> {
     let Some(workspace) = workspace()? else { return Ok(()) };
-    write_shards_of(&workspace.path("others"), SAMPLES, 2, 1, 32)?;
+    write_shards_of(&workspace.path("others"), SAMPLES, 2, None, 1, 32)?;
     let shards = |name: &str| format!("--shards={}", workspace.path(name).display());
     let of = |flag: &str| arguments(&workspace, "pretrain", "run", &[flag]);
     let usual = of(&shards("images"));

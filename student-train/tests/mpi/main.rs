@@ -41,7 +41,7 @@ fn workspace() -> Result<Option<Workspace>> {
         return Ok(None);
     }
     let workspace = Workspace::new()?;
-    write_shards_of(&workspace.path("images"), SAMPLES, 2, 0, 32)?;
+    write_shards_of(&workspace.path("images"), SAMPLES, 2, None, 0, 32)?;
     write_embedding_set(&workspace.path("teacher"), &workspace.path("images"), SAMPLES, 2)?;
     Ok(Some(workspace))
 }

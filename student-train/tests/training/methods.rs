@@ -95,7 +95,7 @@ fn steps_see_all_local_views_of_their_samples_and_other_methods_none() -> Result
     let set = || ShardSet::open(workspace.path("crops"));
     let plain = Batches::new(set()?, None, 4, 5, shared::data_loader::Order::Random)?;
     assert!(plain.batch(0)?.locals.is_none());
-    let batch = plain.with_local_views(5)?.batch(3)?;
+    let batch = plain.with_local_views()?.batch(3)?;
     let locals = batch.locals.ok_or_else(|| Error::invalid("no local views", ""))?;
     assert_eq!((locals.dims(), batch.epoch), (&[4, 5, 8, 8, 3][..], 1));
     // Each is a stored view of its sample, and no two are the same.

@@ -1,5 +1,7 @@
 //! What the tests of this crate share: small shard and embedding sets of noise, and commands on them.
 
+#![allow(dead_code, reason = "each of the test programs uses a part of it")]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,17 +24,7 @@ const SIZE: usize = 16;
 
 /// A shard set of noise: two shards, `views` views each.
 pub(crate) fn write_shards(directory: &Path, samples: usize, views: usize, seed: u64) -> Result<()> {
-    write_shards_of(directory, samples, views, seed, SIZE)
-}
-
-/// The same with images of another size, in pixels.
-pub(crate) fn write_shards_of(directory: &Path, samples: usize, views: usize, seed: u64, size: usize) -> Result<()> {
-    write_set(
-        directory,
-        samples,
-        seed,
-        &ShardSetDetails { views, height: size, width: size, ..ShardSetDetails::default() },
-    )
+    write_shards_of(directory, samples, views, None, seed, SIZE)
 }
 
 /// The same with small views beside them.
@@ -43,15 +35,23 @@ pub(crate) fn write_crops(
     local: Option<LocalDetails>,
     seed: u64,
 ) -> Result<()> {
-    let details = ShardSetDetails { views, height: SIZE, width: SIZE, local, ..ShardSetDetails::default() };
-    write_set(directory, samples, seed, &details)
+    write_shards_of(directory, samples, views, local, seed, SIZE)
 }
 
-fn write_set(directory: &Path, samples: usize, seed: u64, details: &ShardSetDetails) -> Result<()> {
+/// The same with images of another size, in pixels.
+pub(crate) fn write_shards_of(
+    directory: &Path,
+    samples: usize,
+    views: usize,
+    local: Option<LocalDetails>,
+    seed: u64,
+    size: usize,
+) -> Result<()> {
+    let details = ShardSetDetails { views, height: size, width: size, local, ..ShardSetDetails::default() };
     fs::create_dir_all(directory).map_err(shared::Error::io("create", directory))?;
     let mut files = Vec::new();
     for (index, ids) in split(samples).into_iter().enumerate() {
-        let mut writer = ShardWriter::with_layout(directory.join(shard_file_name(index)), ids.len(), details)?;
+        let mut writer = ShardWriter::with_layout(directory.join(shard_file_name(index)), ids.len(), &details)?;
         for id in ids {
             let mut rng = KeyedRng::new("test pixels", seed, &[id]);
             let mut pieces = |views: usize, size: usize| Pieces {
@@ -59,8 +59,8 @@ fn write_set(directory: &Path, samples: usize, seed: u64, details: &ShardSetDeta
                 lengths: vec![size * size * 3; views],
                 params: vec![0.0; views * VIEW_PARAMETERS.len()],
             };
-            let global = pieces(details.views, details.height);
-            let local = details.local.map(|local| pieces(local.views, local.size)).unwrap_or_default();
+            let global = pieces(views, size);
+            let local = local.map(|local| pieces(local.views, local.size)).unwrap_or_default();
             writer.push_sample(id, -1, &SampleViews { global, local, ..SampleViews::default() })?;
         }
         files.push(writer.finish()?);

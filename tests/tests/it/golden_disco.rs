@@ -58,15 +58,8 @@ fn batch(config: &Config, step: u64) -> Result<Batch> {
         Objective::Pretrain => None,
     };
     let sample_ids = (0..size as u64).collect();
-    Ok(Batch {
-        step,
-        epoch: 0,
-        sample_ids,
-        views: [view("q")?, view("k")?],
-        locals: None,
-        teacher,
-        shuffled_keys: None,
-    })
+    let views = [view("q")?, view("k")?];
+    Ok(Batch { step, epoch: 0, sample_ids, views, locals: None, teacher, shuffled_keys: None })
 }
 
 /// The scripts' shifts of batch norm, far from the kink of `ReLU`.

@@ -76,8 +76,8 @@ fn batch(config: &Config, step: u64) -> Result<Batch> {
         sample_ids: (0..BATCH as u64).collect(),
         views: [view("q")?, view("k")?],
         locals: Some(locals),
-        shuffled_keys: None,
         teacher,
+        shuffled_keys: None,
     })
 }
 

@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result};
 use candle_core::{DType, Device, Tensor};
 use clap::Parser as _;
 use serde_json::Value;
+use shared::distributed::World;
 use shared::models::{Arch, Encoder};
 use shared::run::Run;
 use shared::tensor_file::write_tensors;
@@ -29,7 +30,7 @@ pub(crate) fn teacher_embed(line: &str) -> Result<()> {
 
 pub(crate) fn student_train(line: &str) -> Result<()> {
     let args = student_train::Args::try_parse_from(words("student-train", line))?;
-    student_train::run_and_print(&args).with_context(|| line.to_string())
+    student_train::run_and_print(&args, &World::alone()).with_context(|| line.to_string())
 }
 
 pub(crate) fn student_eval(line: &str) -> Result<()> {
