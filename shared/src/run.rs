@@ -12,21 +12,24 @@
 //!                         optimiser's behind its name (`sgd.*`); of `SwAV` `prototypes.weight` and `swav_queue.*` in
 //!                         place of key encoder and queue
 //! student.safetensors     the backbone of the query encoder or of its average, names of torchvision and timm
+//! head.safetensors        of a run with the teacher's own head, that head: see [`crate::models::MlpHead`]
 //! student-best.safetensors  the same when the probe was best: [`BestStudent`]
 //! ```
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
+use crate::embedding::HEAD_FILE;
 use crate::error::{Error, Fault, Result};
 use crate::io::{FileEntry, hash_file};
 use crate::knn::KnnAccuracy;
 use crate::logging::read_json_lines;
 use crate::manifest::{MANIFEST_FILE, Manifest, Stage};
-use crate::models::{Arch, Encoder, HeadConfig, HeadKind};
+use crate::models::{Arch, Encoder, HeadConfig, HeadKind, MlpHead};
 use crate::tensor_file::TensorFile;
 
 /// File name of the exported backbone.
@@ -226,6 +229,10 @@ pub struct RunDetails {
     pub head_hidden: usize,
     /// D: width of an embedding.
     pub embedding_dim: usize,
+    /// Width of the rows that the head, then an adapter, gives to the teacher's own head, which the run holds as [`HEAD_FILE`]; not
+    /// named without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter_width: Option<usize>,
     /// H and W of the views it saw.
     pub image_size: [usize; 2],
     /// The tensors of the last checkpoint, relative to the run.
@@ -243,9 +250,10 @@ pub struct RunDetails {
 }
 
 impl RunDetails {
-    /// The projection head.
+    /// The projection head that learnt: the adapter where the teacher's own head is behind it.
     pub fn head(&self) -> HeadConfig {
-        HeadConfig { kind: self.head, hidden: self.head_hidden, embedding_dim: self.embedding_dim }
+        let embedding_dim = self.adapter_width.unwrap_or(self.embedding_dim);
+        HeadConfig { kind: self.head, hidden: self.head_hidden, embedding_dim }
     }
 }
 
@@ -347,7 +355,11 @@ impl Run {
 
     fn encoder_behind(&self, prefix: &str) -> Result<Encoder> {
         let RunDetails { arch, checkpoint, .. } = &self.details;
-        let encoder = Encoder::new(*arch, Some(self.details.head()), 0)?;
+        let mut encoder = Encoder::new(*arch, Some(self.details.head()), 0)?;
+        if self.details.adapter_width.is_some() {
+            self.check_hash(HEAD_FILE)?;
+            encoder = encoder.with_reused_head(Arc::new(MlpHead::open(self.directory.join(HEAD_FILE))?))?;
+        }
         encoder.store().load(&prefixed(&TensorFile::open(self.directory.join(checkpoint))?, prefix)?)?;
         Ok(encoder)
     }

@@ -9,7 +9,9 @@ use shared::data_loader::Order;
 use shared::models::Arch;
 use shared::optim::NoDecay;
 
-use crate::config::{CurveName, DistillTerms, DistillViews, Ensemble, MethodName, OptimizerName, TimeLimit};
+use crate::config::{
+    CurveName, DistillTerms, DistillViews, Ensemble, HeadSource, MethodName, OptimizerName, TimeLimit,
+};
 
 /// Trains small vision models without labels, alone or under a teacher
 #[derive(Debug, Clone, Parser)]
@@ -33,6 +35,7 @@ pub enum Command {
     #[command(
         mut_arg("embeddings", |arg| arg.hide(true)),
         mut_arg("ensemble", |arg| arg.hide(true)),
+        mut_arg("head", |arg| arg.hide(true)),
         mut_arg("distill", |arg| arg.hide(true)),
         mut_arg("distill_weight", |arg| arg.hide(true)),
         mut_arg("distill_views", |arg| arg.hide(true)),
@@ -268,6 +271,16 @@ pub struct Options {
     #[arg(long, value_name = "METHOD", help_heading = "Objective")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub method: Option<MethodName>,
+
+    /// Whose projection head makes embeddings [default: own]
+    ///
+    /// retro: an adapter of one linear layer learns to feed the teacher's own head, which stays frozen; contrast and distance act on
+    /// what it gives. The embedding set must carry that head along, as `teacher-embed embed` writes it for every teacher with a head,
+    /// unless `--center` or `--pca` is given. Such a run can be evaluated, exported, embedded with and continued from; an ONNX graph of
+    /// it has no `--head`, and its embeddings lend no head to further students.
+    #[arg(long, value_name = "WHOSE", help_heading = "Teacher")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub head: Option<HeadSource>,
 
     /// Hidden width of the projection head [default: 2048; moco-v1 has none]
     ///
@@ -596,6 +609,7 @@ mod tests {
                 "\"mean\"",
                 "\"sgd\"",
                 "\"cosine\"",
+                "\"retro\"",
             ];
             let known = values.iter().any(|value| toml::from_str::<Options>(&format!("{key} = {value}")).is_ok());
             assert!(known, "`{key}` is a flag and no key");

@@ -1,11 +1,12 @@
 //! One step: views of a batch in, moved parameters out.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use candle_core::Tensor;
 use shared::checkpoint::Checkpoint;
 use shared::distributed::World;
-use shared::models::Encoder;
+use shared::models::{Encoder, MlpHead};
 use shared::optim::{Optimizer, average_update, clip_gradients, gradient_norm};
 use shared::rng::KeyedRng;
 use shared::run::{AVERAGE_PREFIX, Losses, QUERY_PREFIX, prefixed};
@@ -68,7 +69,18 @@ impl TrainingState {
     /// # Errors
     /// Only if a tensor operation fails.
     pub fn new(config: &Config) -> Result<Self> {
-        let query = Encoder::new(config.student, Some(config.head()), config.seed)?;
+        Self::with_teacher_head(config, None)
+    }
+
+    /// As [`TrainingState::new`], with the teacher's own head behind the student's adapter.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when the configuration is not for this head.
+    pub fn with_teacher_head(config: &Config, head: Option<Arc<MlpHead>>) -> Result<Self> {
+        let mut query = Encoder::new(config.student, Some(config.head()), config.seed)?;
+        if let Some(head) = head {
+            query = query.with_reused_head(head)?;
+        }
         let method = Method::new(config, &query)?;
         Self::from_parts(query, method, config)
     }
@@ -204,7 +216,7 @@ impl TrainingState {
         }
         self.method.after_step()?;
         if let Some(distillation) = &mut self.distillation {
-            distillation.after_step(batch)?;
+            distillation.after_step(batch, &self.world)?;
         }
         Ok(losses)
     }

@@ -24,10 +24,11 @@ use shared::checkpoint::{CHECKPOINT_DIRECTORY, Checkpoint, Checkpoints};
 use shared::cli::note_cpu;
 use shared::data_loader::Prefetcher;
 use shared::distributed::World;
-use shared::embedding::SHARDS_ROLE;
+use shared::embedding::{HEAD_FILE, SHARDS_ROLE};
 use shared::io::{FileEntry, hash_file, write_atomic};
 use shared::logging::{JsonLines, LogPosition};
 use shared::manifest::{Identity, Manifest, Stage};
+use shared::models::MlpHead;
 use shared::ops::{Isa, isa};
 use shared::output::OutputDir;
 use shared::progress::note;
@@ -39,7 +40,7 @@ use shared::{Error, Fault, Result};
 
 use crate::args::Options;
 use crate::batches::{Batches, queue_advice};
-use crate::config::{Config, Plan};
+use crate::config::{Config, HeadSource, Plan};
 use crate::export::{write_best, write_student};
 use crate::init::Init;
 use crate::method::Counters;
@@ -115,6 +116,8 @@ pub(crate) struct Inputs {
     pub(crate) batches: Arc<Batches>,
     pub(crate) identity: Identity,
     pub(crate) probe: Option<Probe>,
+    /// What the student's adapter feeds.
+    pub(crate) teacher_head: Option<Arc<MlpHead>>,
 }
 
 impl Inputs {
@@ -122,7 +125,14 @@ impl Inputs {
     pub(crate) fn find(objective: Objective, options: &Options, plan: &Plan, world: &World) -> Result<Self> {
         let shards = ShardSet::open(&plan.shards)?;
         let teachers = Teachers::open(&plan.embeddings, &shards, options.ensemble)?;
-        let config = Config::new(objective, options, teachers.as_ref().map(Teachers::embedding_dim))?;
+        let mut config = Config::new(objective, options, teachers.as_ref().map(Teachers::embedding_dim))?;
+        let teacher_head = match (&teachers, config.head_source) {
+            (Some(teachers), HeadSource::Retro) => Some(Arc::new(teachers.head()?)),
+            _ => None,
+        };
+        if let Some(head) = &teacher_head {
+            config.reuse_head(head.config());
+        }
         ranks::check_shares(&config, world)?;
         let mut inputs = vec![shards.manifest().as_input(SHARDS_ROLE, &plan.shards)];
         inputs.extend(teachers.iter().flat_map(Teachers::as_inputs));
@@ -140,7 +150,7 @@ impl Inputs {
         }
         let batches = Arc::new(batches);
         let identity = Identity::new(Stage::StudentTrain, &config, config.seed, inputs)?;
-        Ok(Self { config, init, batches, identity, probe })
+        Ok(Self { config, init, batches, identity, probe, teacher_head })
     }
 }
 
@@ -149,6 +159,7 @@ struct Trainer<'a> {
     plan: &'a Plan,
     world: &'a World,
     batches: Arc<Batches>,
+    teacher_head: Option<&'a MlpHead>,
     state: TrainingState,
     /// Of the first rank only.
     writer: Option<Writer<'a>>,
@@ -169,10 +180,10 @@ struct Writer<'a> {
 
 impl<'a> Trainer<'a> {
     fn start(inputs: &'a Inputs, plan: &'a Plan, output: Option<&OutputDir>, world: &'a World) -> Result<Self> {
-        let Inputs { config, init, batches, identity, probe } = inputs;
+        let Inputs { config, init, batches, identity, probe, teacher_head } = inputs;
         let (init, batches) = (init.as_ref(), Arc::clone(batches));
         let run = plan.output.as_path();
-        let mut state = TrainingState::new(config)?.in_world(world.clone());
+        let mut state = TrainingState::with_teacher_head(config, teacher_head.clone())?.in_world(world.clone());
         let directory = run.join(CHECKPOINT_DIRECTORY);
         let checkpoints = match output {
             Some(_) => Checkpoints::open(directory, identity, plan.keep)?,
@@ -241,7 +252,8 @@ impl<'a> Trainer<'a> {
             })
             .transpose()?;
         let last_epoch = resumed.and_then(|(_, progressed)| progressed.last_epoch);
-        Ok(Self { config, plan, world, batches, state, writer, step, last_epoch })
+        let teacher_head = teacher_head.as_deref();
+        Ok(Self { config, plan, world, batches, teacher_head, state, writer, step, last_epoch })
     }
 
     fn run(mut self, output: Option<OutputDir>, watch: StopWatch) -> Result<Outcome> {
@@ -371,6 +383,9 @@ impl<'a> Trainer<'a> {
         let student = write_student(output.path(), self.state.student(), image_size)?;
         let directory = saver.checkpoints().directory();
         let mut files = vec![config_file, student];
+        if let Some(head) = self.teacher_head {
+            files.push(head.write(output.path().join(HEAD_FILE))?);
+        }
         for name in [shared::checkpoint::tensors_file_name(self.step), shared::checkpoint::record_file_name(self.step)]
         {
             let entry = hash_file(directory.join(name))?;
@@ -385,6 +400,7 @@ impl<'a> Trainer<'a> {
             head: self.config.head().kind,
             head_hidden: self.config.head_hidden,
             embedding_dim: self.config.embedding_dim,
+            adapter_width: self.config.adapter_width,
             image_size,
             checkpoint: format!("{CHECKPOINT_DIRECTORY}/{}", shared::checkpoint::tensors_file_name(self.step)),
             averaged: self.config.optimisation.ema_decay.is_some(),

@@ -8,9 +8,10 @@ mod plan;
 mod probe;
 mod time_limit;
 
-use serde::Serialize;
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
 use shared::data_loader::Order;
-use shared::models::{Arch, HeadConfig, HeadKind};
+use shared::models::{Arch, HeadConfig, HeadKind, MlpConfig};
 use shared::run::Objective;
 use shared::{Error, Result};
 
@@ -29,6 +30,17 @@ const BN_GROUP_SAMPLES: usize = 32;
 const DEFAULT_BATCH_SIZE: usize = 256;
 /// The official width of an embedding.
 const DEFAULT_EMBEDDING_DIM: usize = 128;
+
+/// What makes embeddings of the student's features.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum HeadSource {
+    /// A projection head of its own
+    #[default]
+    Own,
+    /// An adapter, then the teacher's own head, frozen (Retro)
+    Retro,
+}
 
 /// Everything that decides the bytes of a run, besides its inputs; the manifest records it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -53,6 +65,12 @@ pub struct Config {
     /// The self-supervised method.
     #[serde(flatten)]
     pub method: MethodConfig,
+    /// Whose head makes embeddings; not named when it is the student's own.
+    #[serde(rename = "head", skip_serializing_if = "is_own")]
+    pub head_source: HeadSource,
+    /// Width of the rows that the teacher's head takes, which follows from the embedding set.
+    #[serde(skip)]
+    pub adapter_width: Option<usize>,
     /// Hidden width of the head; not named when it is 0, that of a linear head.
     #[serde(skip_serializing_if = "is_zero")]
     pub head_hidden: usize,
@@ -85,6 +103,11 @@ fn is_zero(number: &usize) -> bool {
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_own(source: &HeadSource) -> bool {
+    *source == HeadSource::Own
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
 fn is_random(order: &Order) -> bool {
     *order == Order::Random
 }
@@ -100,7 +123,12 @@ impl Config {
         let batch_size = options.batch_size.unwrap_or(DEFAULT_BATCH_SIZE);
         let epochs = options.epochs.unwrap_or(200);
         let method = MethodConfig::new(objective, options, batch_size)?;
-        let usual_hidden = if method.head_kind() == HeadKind::Linear { 0 } else { 2048 };
+        let head_source = options.head.unwrap_or_default();
+        if head_source == HeadSource::Retro {
+            check_retro(objective, options, &method)?;
+        }
+        let linear = head_source == HeadSource::Retro || method.head_kind() == HeadKind::Linear;
+        let usual_hidden = if linear { 0 } else { 2048 };
         let usual_groups = method.usual_bn_groups().unwrap_or_else(|| default_bn_groups(batch_size));
         let distillation = (objective == Objective::Distill).then(|| DistillationConfig::new(options, batch_size));
         let distillation = distillation.transpose()?;
@@ -113,6 +141,8 @@ impl Config {
             bn_groups: options.bn_groups.unwrap_or(usual_groups),
             optimisation: OptimisationConfig::new(options, epochs)?,
             method,
+            head_source,
+            adapter_width: None,
             head_hidden: options.head_hidden.unwrap_or(usual_hidden),
             embedding_dim: embedding_dim(options.embedding_dim, teacher_dim)?,
             distillation,
@@ -125,8 +155,19 @@ impl Config {
         Ok(config)
     }
 
-    /// The projection head.
+    /// Fits the student's adapter to the teacher's head.
+    pub fn reuse_head(&mut self, head: &MlpConfig) {
+        self.adapter_width = Some(head.inputs());
+    }
+
+    /// The projection head that learns; before a head of the teacher, the adapter: one linear layer.
+    ///
+    /// # Source
+    /// Retro, arXiv 2405.15311: an adapter between the student's features and the teacher's frozen projection head.
     pub fn head(&self) -> HeadConfig {
+        if let Some(embedding_dim) = self.adapter_width {
+            return HeadConfig { kind: HeadKind::Linear, hidden: 0, embedding_dim };
+        }
         HeadConfig { kind: self.method.head_kind(), hidden: self.head_hidden, embedding_dim: self.embedding_dim }
     }
 
@@ -158,7 +199,11 @@ impl Config {
         at_least("epochs", self.epochs, 1)?;
         at_least("batch-size", self.batch_size as u64, 2)?;
         at_least("bn-groups", self.bn_groups as u64, 1)?;
-        at_least("head-hidden", self.head_hidden as u64, u64::from(self.head().kind != HeadKind::Linear))?;
+        at_least(
+            "head-hidden",
+            self.head_hidden as u64,
+            u64::from(self.head_source == HeadSource::Own && self.head().kind != HeadKind::Linear),
+        )?;
         at_least("embedding-dim", self.embedding_dim as u64, 1)?;
         at_least("accumulate", self.accumulate as u64, 1)?;
         let Self { batch_size, bn_groups, accumulate, .. } = *self;
@@ -174,6 +219,20 @@ impl Config {
         }
         Ok(())
     }
+}
+
+/// What goes with the teacher's own head.
+fn check_retro(objective: Objective, options: &Options, method: &MethodConfig) -> Result<()> {
+    let message = if objective == Objective::Pretrain {
+        "`pretrain` has no teacher, whose head `--head retro` reuses: use `distill`"
+    } else if !matches!(method, MethodConfig::MocoV2(_) | MethodConfig::Alone) {
+        "`--head retro` replaces the head of `--method moco-v2` or `none`, other methods need their own"
+    } else if options.head_hidden.is_some() {
+        "`--head retro` takes no `--head-hidden`: the head is the teacher's"
+    } else {
+        return Ok(());
+    };
+    Err(Error::usage(message))
 }
 
 fn within(flag: &str, value: f64, fits: bool, range: &str) -> Result<()> {

@@ -40,8 +40,7 @@ impl Moco {
     /// # Errors
     /// Only if a tensor operation fails.
     pub fn new(config: &MocoConfig, query: &Encoder, seed: u64) -> Result<Self> {
-        let width = query.head().map_or(0, |head| head.embedding_dim);
-        Self::from_parts(config, query, Queue::random(config.queue_size, width, seed)?)
+        Self::from_parts(config, query, Queue::random(config.queue_size, query.embedding_dim(), seed)?)
     }
 
     /// A state with a given queue.
