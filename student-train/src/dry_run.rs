@@ -76,8 +76,7 @@ pub struct Planned {
 /// # Errors
 /// As [`crate::trainer::train`] before its first step.
 pub fn plan(objective: Objective, options: &Options, plan: &Plan, world: &World) -> Result<Planned> {
-    let inputs = Inputs::find(objective, options, plan, world)?;
-    let Inputs { config, init, batches, identity, teacher_head, .. } = inputs;
+    let Inputs { config, init, batches, identity, teacher_head, .. } = Inputs::find(objective, options, plan, world)?;
     let found = look_at(&plan.output, &identity, plan.overwrite)?;
     let steps_per_epoch = batches.steps_per_epoch();
     let steps = config.epochs * steps_per_epoch;
