@@ -3,11 +3,11 @@
 //! Sizes are in the names; `tests/timing/probes.py` times the same work against scikit-learn and PyTorch.
 #![expect(clippy::unwrap_used, reason = "a benchmark may fail loudly")]
 
+use shared::feature_rows::FeatureRows;
+use shared::knn::{ViewChoice, nearest, vote};
 use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use eval::feature_rows::FeatureRows;
-use eval::knn::{ViewChoice, nearest, vote};
 use eval::linear_probe::{ProbeConfig, train};
 
 const TRAIN: usize = 20_000;

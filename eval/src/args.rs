@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use clap::builder::RangedU64ValueParser;
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use shared::cli::{CommonArgs, ComputeArgs};
+use shared::knn::ViewChoice;
 use shared::models::Arch;
 use shared::transforms::normalize::Normalization;
 
-use crate::knn::ViewChoice;
 use crate::linear_probe::{Normalize, ProbeConfig};
 
 /// Measures what a student has learnt: k-NN and linear probes on cached features, and one report on many runs

@@ -1,17 +1,14 @@
 //! The last stage: what has a student learnt?
 //!
 //! A student's backbone runs once over each shard set and its features are cached beside the run ([`features`]). On the cached
-//! features work an exact k-NN classifier ([`knn`]) and a linear probe with the official schedule ([`linear_probe`]); their
+//! features work an exact k-NN classifier ([`shared::knn`]) and a linear probe with the official schedule ([`linear_probe`]); their
 //! numbers are stored with everything they depend on ([`results`]). A report puts many runs into one table with pictures.
 //! Nothing here depends on the number of threads, and everything that was measured once is found again.
 
 mod args;
 mod commands;
-pub mod feature_rows;
 pub mod features;
-pub mod knn;
 pub mod linear_probe;
-mod matrix;
 pub mod pca;
 mod plot;
 mod report;

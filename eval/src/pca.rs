@@ -5,10 +5,9 @@
 
 use candle_core::Tensor;
 use shared::Result;
+use shared::feature_rows::FeatureRows;
+use shared::matrix;
 use shared::rng::KeyedRng;
-
-use crate::feature_rows::FeatureRows;
-use crate::matrix;
 
 /// Directions iterated together: more than are kept, which speeds convergence.
 const BLOCK: usize = 8;

@@ -9,11 +9,11 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use shared::io::{create_directory, write_json};
+use shared::knn::{KnnAccuracy, ViewChoice};
 use shared::manifest::{FORMAT_VERSION, Input, short};
 use shared::{Error, Fault, Result};
 
 use crate::features::{FeatureSet, SHARDS_ROLE};
-use crate::knn::{KnnAccuracy, ViewChoice};
 use crate::linear_probe::{ProbeConfig, ProbeResult};
 
 /// One side of a probe: the features that were trained or measured on.

@@ -4,10 +4,10 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly")]
 
 use candle_core::{Device, Tensor};
-use eval::feature_rows::FeatureRows;
-use eval::knn::{ViewChoice, nearest, vote};
 use eval::linear_probe::Heads;
 use serde::Deserialize;
+use shared::feature_rows::FeatureRows;
+use shared::knn::{ViewChoice, nearest, vote};
 
 /// The scripts' `value`: a pseudo-random number in [-0.5, 0.5) with 24 bits.
 fn value(index: usize, salt: u64) -> f64 {
@@ -36,7 +36,7 @@ fn classes_of(labels: &[i64]) -> Vec<u32> {
 #[derive(Deserialize)]
 struct KnnGolden {
     temperature: f64,
-    results: Vec<eval::knn::KnnAccuracy>,
+    results: Vec<shared::knn::KnnAccuracy>,
     nearest: Vec<u32>,
     similarities: Vec<f64>,
 }

@@ -10,6 +10,8 @@
 //!     components      [D, F]  f32, orthonormal rows; only with `--pca`, as the two below
 //!     variances       [D]     f64, of the outputs along each component, over their number less one
 //!     total_variance  [1]     f64, along all F directions together
+//! head.safetensors                 the teacher's projection head, in a set without a projection whose teacher has one;
+//!                                  see [`crate::models::MlpHead`]: an embedding is its output at unit length
 //! ```
 //!
 //! With a projection, an embedding is `(x - mean) @ components^T` scaled to unit length, or `x - mean` scaled so, where `x`
@@ -25,8 +27,9 @@ use safetensors::tensor::Dtype;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Fault, Result};
-use crate::io::FileEntry;
+use crate::io::{FileEntry, hash_file};
 use crate::manifest::{MANIFEST_FILE, Manifest, Stage, short};
+use crate::models::MlpHead;
 use crate::shard::ShardSet;
 use crate::tensor_file::{TensorFile, TensorFileWriter, TensorSpec};
 
@@ -34,6 +37,9 @@ pub use projection::{PROJECTION_FILE, Projection, Reduction};
 
 /// The role under which an embedding set records its shard set.
 pub const SHARDS_ROLE: &str = "shards";
+
+/// File name of the teacher's projection head.
+pub const HEAD_FILE: &str = "head.safetensors";
 
 /// Element type of stored embeddings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
@@ -188,6 +194,26 @@ impl EmbeddingSet {
             return Err(Error::damaged(path, Fault::Value(what)));
         }
         Ok(Some(projection))
+    }
+
+    /// The teacher's projection head; none in a set whose teacher has none, with a projection, or made before sets had heads.
+    ///
+    /// # Errors
+    /// As [`MlpHead::open`]; [`Error::Damaged`] when the file is not the recorded one, or does not give rows of the set's width.
+    pub fn head(&self) -> Result<Option<MlpHead>> {
+        let Some(recorded) = self.manifest.files.iter().find(|file| file.path == HEAD_FILE) else { return Ok(None) };
+        let path = self.directory.join(HEAD_FILE);
+        let (expected, found) = (recorded.blake3.clone(), hash_file(&path)?.blake3);
+        if found != expected {
+            return Err(Error::damaged(path, Fault::Hash { expected, found }));
+        }
+        let head = MlpHead::open(&path)?;
+        let (found, expected) = (head.config().outputs(), self.embedding_dim());
+        if found != expected {
+            let what = format!("it gives embeddings of width {found}, those of the set have {expected}");
+            return Err(Error::damaged(path, Fault::Value(what)));
+        }
+        Ok(Some(head))
     }
 
     /// Copies the embedding of one view of a sample, as f32.

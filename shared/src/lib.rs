@@ -29,8 +29,12 @@ pub mod losses;
 pub mod optim;
 pub mod schedule;
 pub mod metrics;
+pub mod matrix;
+pub mod feature_rows;
+pub mod knn;
 pub mod checkpoint;
 pub mod logging;
+pub mod tensorboard;
 pub mod run;
 
 pub use error::{Error, Fault, Result};

@@ -89,13 +89,25 @@ impl Progress {
         let (began, from) = self.began.lock().map_or((Instant::now(), done), |began| *began);
         let rate = done.saturating_sub(from) as f64 / began.elapsed().as_secs_f64().max(1e-9);
         let left = if done < total && rate > 0.0 {
-            format!(", {:.0} s left", total.saturating_sub(done) as f64 / rate)
+            format!(", {} left", time_text(total.saturating_sub(done) as f64 / rate))
         } else {
             String::new()
         };
         let message = self.bar.message();
         let separator = if message.is_empty() { "" } else { "  " };
         format!("{}: {done}/{total} {} ({rate:.1}/s{left}){separator}{message}", self.label, self.unit)
+    }
+}
+
+/// A time for people: `42 s`, `3 min 20 s`, `5 h 03 min`, `2 d 04 h`.
+pub fn time_text(seconds: f64) -> String {
+    let seconds = seconds.max(0.0).round() as u64;
+    let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86400);
+    match (days, hours, minutes) {
+        (0, 0, 0) => format!("{seconds} s"),
+        (0, 0, _) => format!("{minutes} min {:02} s", seconds % 60),
+        (0, ..) => format!("{hours} h {:02} min", minutes % 60),
+        _ => format!("{days} d {:02} h", hours % 24),
     }
 }
 
@@ -107,6 +119,20 @@ pub fn note(text: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn times_have_two_units() {
+        let cases = [
+            (0.4, "0 s"),
+            (59.6, "1 min 00 s"),
+            (200.0, "3 min 20 s"),
+            (18180.0, "5 h 03 min"),
+            (187_200.0, "2 d 04 h"),
+        ];
+        for (seconds, text) in cases {
+            assert_eq!(time_text(seconds), text);
+        }
+    }
 
     #[test]
     fn line_tells_position_rate_and_message() {

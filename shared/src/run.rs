@@ -3,30 +3,41 @@
 //! ```text
 //! manifest.json           details: [`RunDetails`]
 //! config.toml             the resolved options
-//! metrics.jsonl           [`StepMetrics`] after every step, [`EpochMetrics`] after every epoch
+//! metrics.jsonl           [`StepMetrics`] after every step, [`EpochMetrics`] after every epoch, [`ProbeMetrics`] after every probe
 //! timing.jsonl            how fast it went and on what: `seconds`, `images_per_second`, `data_wait_percent`, `peak_memory_bytes` of the
-//!                         process so far (Linux), `isa`, `threads`; differs from run to run, so the manifest does not list it
+//!                         process so far (Linux), `isa`, `threads`, and how far the embeddings spread: `embedding_spread`,
+//!                         `queue_similarity`; differs from run to run, so the manifest does not list it
+//! tensorboard/            the same numbers for `TensorBoard`, see [`crate::tensorboard`]; not listed for the same reason
 //! checkpoints/            see [`crate::checkpoint`]; tensors `query.*`, `key.*`, `queue`, `ema.*` of the averaged student, and the
 //!                         optimiser's behind its name (`sgd.*`); of `SwAV` `prototypes.weight` and `swav_queue.*` in
 //!                         place of key encoder and queue
 //! student.safetensors     the backbone of the query encoder or of its average, names of torchvision and timm
+//! head.safetensors        of a run with the teacher's own head, that head: see [`crate::models::MlpHead`]
+//! student-best.safetensors  the same when the probe was best: [`BestStudent`]
 //! ```
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
+use crate::embedding::HEAD_FILE;
 use crate::error::{Error, Fault, Result};
-use crate::io::hash_file;
+use crate::io::{FileEntry, hash_file};
+use crate::knn::KnnAccuracy;
 use crate::logging::read_json_lines;
 use crate::manifest::{MANIFEST_FILE, Manifest, Stage};
-use crate::models::{Arch, Encoder, HeadConfig, HeadKind};
+use crate::models::{Arch, Encoder, HeadConfig, HeadKind, MlpHead};
 use crate::tensor_file::TensorFile;
 
 /// File name of the exported backbone.
 pub const STUDENT_FILE: &str = "student.safetensors";
+/// File name of the backbone that the probe found best.
+pub const BEST_STUDENT_FILE: &str = "student-best.safetensors";
+/// Directory of the event files for `TensorBoard`.
+pub const TENSORBOARD_DIRECTORY: &str = "tensorboard";
 /// File name of the losses.
 pub const METRICS_FILE: &str = "metrics.jsonl";
 /// File name of the speeds and the memory.
@@ -127,6 +138,42 @@ pub struct EpochMetrics {
     pub losses: Losses,
 }
 
+/// Tells a probe's line from others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ProbeEvent {
+    /// The only kind there is.
+    Probe,
+}
+
+/// A probe's line in `metrics.jsonl`: k-NN on features of the query encoder, in evaluation mode.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ProbeMetrics {
+    /// Marks the line.
+    pub event: ProbeEvent,
+    /// The epoch that had ended, counted from 0.
+    pub epoch: u64,
+    /// Steps done.
+    pub step: u64,
+    /// Accuracy in percent.
+    #[serde(flatten)]
+    pub accuracy: KnnAccuracy,
+}
+
+/// The student that a probe during the training found best; the earliest of equally good ones.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BestStudent {
+    /// The epoch that had ended, counted from 0.
+    pub epoch: u64,
+    /// Steps done.
+    pub step: u64,
+    /// Accuracy in percent.
+    pub accuracy: KnnAccuracy,
+    /// Its backbone.
+    pub file: FileEntry,
+}
+
 /// How the losses of a run went.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Metrics {
@@ -134,12 +181,15 @@ pub struct Metrics {
     pub steps: Vec<StepMetrics>,
     /// Epoch by epoch.
     pub epochs: Vec<EpochMetrics>,
+    /// Probe by probe.
+    pub probes: Vec<ProbeMetrics>,
 }
 
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Line {
     Epoch(EpochMetrics),
+    Probe(ProbeMetrics),
     Step(StepMetrics),
 }
 
@@ -147,12 +197,13 @@ impl Metrics {
     /// Reads a `metrics.jsonl`.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Damaged`] for a line that is neither a step nor an epoch.
+    /// [`Error::Io`]; [`Error::Damaged`] for a line that is no step, epoch or probe.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let mut metrics = Self::default();
         for line in read_json_lines(path)? {
             match line {
                 Line::Epoch(epoch) => metrics.epochs.push(epoch),
+                Line::Probe(probe) => metrics.probes.push(probe),
                 Line::Step(step) => metrics.steps.push(step),
             }
         }
@@ -178,6 +229,10 @@ pub struct RunDetails {
     pub head_hidden: usize,
     /// D: width of an embedding.
     pub embedding_dim: usize,
+    /// Width of the rows that the head, then an adapter, gives to the teacher's own head, which the run holds as [`HEAD_FILE`]; not
+    /// named without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter_width: Option<usize>,
     /// H and W of the views it saw.
     pub image_size: [usize; 2],
     /// The tensors of the last checkpoint, relative to the run.
@@ -189,12 +244,16 @@ pub struct RunDetails {
     /// Means over the last epoch.
     #[serde(rename = "final")]
     pub final_losses: Losses,
+    /// What the probe found best, if there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub best: Option<BestStudent>,
 }
 
 impl RunDetails {
-    /// The projection head.
+    /// The projection head that learnt: the adapter where the teacher's own head is behind it.
     pub fn head(&self) -> HeadConfig {
-        HeadConfig { kind: self.head, hidden: self.head_hidden, embedding_dim: self.embedding_dim }
+        let embedding_dim = self.adapter_width.unwrap_or(self.embedding_dim);
+        HeadConfig { kind: self.head, hidden: self.head_hidden, embedding_dim }
     }
 }
 
@@ -296,7 +355,11 @@ impl Run {
 
     fn encoder_behind(&self, prefix: &str) -> Result<Encoder> {
         let RunDetails { arch, checkpoint, .. } = &self.details;
-        let encoder = Encoder::new(*arch, Some(self.details.head()), 0)?;
+        let mut encoder = Encoder::new(*arch, Some(self.details.head()), 0)?;
+        if self.details.adapter_width.is_some() {
+            self.check_hash(HEAD_FILE)?;
+            encoder = encoder.with_reused_head(Arc::new(MlpHead::open(self.directory.join(HEAD_FILE))?))?;
+        }
         encoder.store().load(&prefixed(&TensorFile::open(self.directory.join(checkpoint))?, prefix)?)?;
         Ok(encoder)
     }
@@ -335,9 +398,17 @@ mod tests {
         let mut log = crate::logging::JsonLines::create(&path).unwrap();
         log.append(&step).unwrap();
         log.append(&epoch).unwrap();
+        let accuracy = KnnAccuracy { k: 20, top1: 12.5, top5: 50.0 };
+        let probe = ProbeMetrics { event: ProbeEvent::Probe, epoch: 0, step: 1, accuracy };
+        log.append(&probe).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
         let expected = r#"{"step":1,"epoch":0,"lr":0.03,"loss":0.1,"distill_q":1.5,"info_nce":0.2,"top1":50.0}"#;
         assert_eq!(text.lines().next(), Some(expected));
-        assert_eq!(Metrics::read(&path).unwrap(), Metrics { steps: vec![step], epochs: vec![epoch] });
+        assert_eq!(
+            Metrics::read(&path).unwrap(),
+            Metrics { steps: vec![step], epochs: vec![epoch], probes: vec![probe] }
+        );
+        let expected = r#"{"event":"probe","epoch":0,"step":1,"k":20,"top1":12.5,"top5":50.0}"#;
+        assert_eq!(text.lines().nth(2), Some(expected));
     }
 }

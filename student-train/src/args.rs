@@ -9,7 +9,9 @@ use shared::data_loader::Order;
 use shared::models::Arch;
 use shared::optim::NoDecay;
 
-use crate::config::{CurveName, DistillTerms, DistillViews, Ensemble, MethodName, OptimizerName, TimeLimit};
+use crate::config::{
+    CurveName, DistillTerms, DistillViews, Ensemble, HeadSource, MethodName, OptimizerName, TimeLimit,
+};
 
 /// Trains small vision models without labels, alone or under a teacher
 #[derive(Debug, Clone, Parser)]
@@ -33,6 +35,7 @@ pub enum Command {
     #[command(
         mut_arg("embeddings", |arg| arg.hide(true)),
         mut_arg("ensemble", |arg| arg.hide(true)),
+        mut_arg("head", |arg| arg.hide(true)),
         mut_arg("distill", |arg| arg.hide(true)),
         mut_arg("distill_weight", |arg| arg.hide(true)),
         mut_arg("distill_views", |arg| arg.hide(true)),
@@ -270,6 +273,16 @@ pub struct Options {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub method: Option<MethodName>,
 
+    /// Whose projection head makes embeddings [default: own]
+    ///
+    /// retro: an adapter of one linear layer learns to feed the teacher's own head, which stays frozen; contrast and distance act on
+    /// what it gives. The embedding set must carry that head along, as `teacher-embed embed` writes it for every teacher with a head,
+    /// unless `--center` or `--pca` is given. Such a run can be evaluated, exported, embedded with and continued from; an ONNX graph of
+    /// it has no `--head`, and its embeddings lend no head to further students.
+    #[arg(long, value_name = "WHOSE", help_heading = "Teacher")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub head: Option<HeadSource>,
+
     /// Hidden width of the projection head [default: 2048; moco-v1 has none]
     ///
     /// The narrow heads of the paper's distilling bottleneck, to compare with: 512 for MobileNetV3, 1280 for other students.
@@ -399,6 +412,35 @@ pub struct Options {
     #[arg(long, value_name = "TIME", help_heading = "Checkpoints")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub time_limit: Option<TimeLimit>,
+
+    /// Labelled shard set in which a probe looks for nearest neighbours while the student learns [default: no probe]
+    ///
+    /// The probe classifies the samples of `--probe-val`, or each sample of this set by the others, by the features of the student as
+    /// `student-eval knn` does. It changes nothing of the training. Its accuracy goes to `metrics.jsonl` and `TensorBoard`, and the best
+    /// student so far to `student-best.safetensors`.
+    #[arg(long, value_name = "DIR", help_heading = "Probe")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub probe_train: Option<PathBuf>,
+
+    /// Labelled shard set that the probe classifies; not the one that the results are reported on
+    #[arg(long, value_name = "DIR", help_heading = "Probe")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub probe_val: Option<PathBuf>,
+
+    /// Epochs between probes; there is one at the end of the run [default: 10]
+    #[arg(long, value_name = "N", help_heading = "Probe")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub probe_epochs: Option<u64>,
+
+    /// Neighbours that vote in the probe [default: 20]
+    #[arg(long, value_name = "N", help_heading = "Probe")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub probe_k: Option<usize>,
+
+    /// Steps between points of the curves in `tensorboard/` [default: 10]
+    #[arg(long, value_name = "N", help_heading = "Common options")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log_steps: Option<u64>,
 }
 
 /// Reads a path or a list of paths.
@@ -568,6 +610,7 @@ mod tests {
                 "\"mean\"",
                 "\"sgd\"",
                 "\"cosine\"",
+                "\"retro\"",
             ];
             let known = values.iter().any(|value| toml::from_str::<Options>(&format!("{key} = {value}")).is_ok());
             assert!(known, "`{key}` is a flag and no key");

@@ -19,11 +19,14 @@ pub mod import;
 pub mod init;
 pub mod method;
 pub mod part;
+pub mod probe;
 pub mod ranks;
 pub mod saver;
+pub mod spread;
 pub mod step;
 pub mod stopping;
 pub mod teachers;
+pub mod timing;
 pub mod train_log;
 pub mod trainable;
 pub mod trainer;
@@ -35,7 +38,7 @@ use serde::Serialize;
 use shared::cli::{print, print_json, with_config_file, with_threads};
 use shared::distributed::World;
 use shared::manifest::Manifest;
-use shared::run::{Losses, Objective, RunDetails, STUDENT_FILE};
+use shared::run::{BestStudent, Losses, Objective, RunDetails, STUDENT_FILE};
 use shared::signals;
 use shared::{Error, Result};
 
@@ -45,6 +48,7 @@ pub use dry_run::Planned;
 pub use export::Exported;
 pub use import::Imported;
 pub use stopping::StopReason;
+pub use timing::{Speed, Timing};
 pub use trainer::Outcome;
 
 /// What a command did.
@@ -87,6 +91,12 @@ pub struct Trained {
     /// Means over the last epoch of a finished run.
     #[serde(rename = "final", skip_serializing_if = "Option::is_none")]
     pub final_losses: Option<Losses>,
+    /// What the probe of a finished run found best.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub best: Option<BestStudent>,
+    /// How fast this call was; none when there was nothing to do.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub this_call: Option<Speed>,
 }
 
 /// Runs a command.
@@ -153,7 +163,7 @@ fn train(objective: Objective, args: &TrainArgs, world: &World) -> Result<Summar
 
 impl Trained {
     fn new(output: PathBuf, outcome: &Outcome) -> Result<Self> {
-        let finished = |output: PathBuf, manifest: &Manifest, already_finished| {
+        let finished = |output: PathBuf, manifest: &Manifest, already_finished, this_call: Option<Speed>| {
             let details: RunDetails = serde_json::from_value(manifest.details.clone())
                 .map_err(|e| Error::invalid(format!("`{}` does not describe a run: {e}", output.display()), ""))?;
             Ok(Self {
@@ -166,12 +176,14 @@ impl Trained {
                 stopped_by: None,
                 fingerprint: Some(manifest.fingerprint.clone()),
                 final_losses: Some(details.final_losses),
+                best: details.best,
+                this_call,
             })
         };
         match outcome {
-            Outcome::Trained(manifest) => finished(output, manifest, false),
-            Outcome::AlreadyFinished(manifest) => finished(output, manifest, true),
-            &Outcome::Stopped { steps, of_steps, reason } => Ok(Self {
+            Outcome::Trained(manifest, speed) => finished(output, manifest, false, *speed),
+            Outcome::AlreadyFinished(manifest) => finished(output, manifest, true, None),
+            &Outcome::Stopped { steps, of_steps, reason, speed } => Ok(Self {
                 output,
                 finished: false,
                 already_finished: false,
@@ -181,6 +193,8 @@ impl Trained {
                 fingerprint: None,
                 student_file: None,
                 final_losses: None,
+                best: None,
+                this_call: speed,
             }),
         }
     }
@@ -207,8 +221,9 @@ impl std::fmt::Display for Summary {
                     (Some(_), true) => write!(f, "`{run}` is finished already: nothing to do"),
                     (Some(losses), false) => write!(
                         f,
-                        "finished `{run}` after {} steps: mean loss {:.4}{} in the last epoch; the student is `{}`",
+                        "finished `{run}` after {} steps{}: mean loss {:.4}{} in the last epoch; the student is `{}`",
                         trained.steps,
+                        trained.this_call.map(phrase).unwrap_or_default(),
                         losses.loss,
                         losses.term(Losses::TOP1).map(|top1| format!(", top1 {top1:.1} %")).unwrap_or_default(),
                         trained.output.join(STUDENT_FILE).display()
@@ -217,4 +232,11 @@ impl std::fmt::Display for Summary {
             }
         }
     }
+}
+
+/// What a call came to, in words.
+fn phrase(speed: Speed) -> String {
+    let Speed { seconds, images_per_second, data_wait_percent } = speed;
+    let time = shared::progress::time_text(seconds);
+    format!(" ({time} in this call, {images_per_second:.1} images/s, {data_wait_percent:.1} % of it waiting for data)")
 }

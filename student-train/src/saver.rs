@@ -127,11 +127,11 @@ mod tests {
     use super::*;
 
     const POLICY: CheckpointPolicy =
-        CheckpointPolicy { steps: Some(7), epochs: Some(2), interval: Duration::from_secs(60) };
+        CheckpointPolicy { steps: Some(7), epochs: Some(2), interval: Duration::from_mins(1) };
 
     #[test]
     fn steps_epochs_and_time_each_make_one_due() {
-        let (early, late) = (Duration::from_secs(59), Duration::from_secs(60));
+        let (early, late) = (Duration::from_secs(59), Duration::from_mins(1));
         assert!(POLICY.due(14, None, early) && !POLICY.due(15, None, early));
         assert!(POLICY.due(15, Some(4), early) && !POLICY.due(15, Some(3), early));
         assert!(POLICY.due(15, None, late));

@@ -1,11 +1,12 @@
 //! One step: views of a batch in, moved parameters out.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use candle_core::Tensor;
 use shared::checkpoint::Checkpoint;
 use shared::distributed::World;
-use shared::models::Encoder;
+use shared::models::{Encoder, MlpHead};
 use shared::optim::{Optimizer, average_update, clip_gradients, gradient_norm};
 use shared::rng::KeyedRng;
 use shared::run::{AVERAGE_PREFIX, Losses, QUERY_PREFIX, prefixed};
@@ -15,6 +16,7 @@ use crate::averaging::average;
 use crate::config::Config;
 use crate::distillation::Distillation;
 use crate::method::{Counters, Method, StepInput};
+use crate::spread::Observed;
 use crate::trainable::{GradientSum, Trainable};
 
 /// The name of the student among what learns.
@@ -57,6 +59,7 @@ pub struct TrainingState {
     average: Option<Average>,
     bn_groups: usize,
     accumulate: usize,
+    observed: Observed,
     world: World,
 }
 
@@ -66,7 +69,18 @@ impl TrainingState {
     /// # Errors
     /// Only if a tensor operation fails.
     pub fn new(config: &Config) -> Result<Self> {
-        let query = Encoder::new(config.student, Some(config.head()), config.seed)?;
+        Self::with_teacher_head(config, None)
+    }
+
+    /// As [`TrainingState::new`], with the teacher's own head behind the student's adapter.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when the configuration is not for this head.
+    pub fn with_teacher_head(config: &Config, head: Option<Arc<MlpHead>>) -> Result<Self> {
+        let mut query = Encoder::new(config.student, Some(config.head()), config.seed)?;
+        if let Some(head) = head {
+            query = query.with_reused_head(head)?;
+        }
         let method = Method::new(config, &query)?;
         Self::from_parts(query, method, config)
     }
@@ -88,6 +102,7 @@ impl TrainingState {
             clip_norm: optimisation.clip_norm,
             bn_groups: config.bn_groups,
             accumulate: config.accumulate,
+            observed: Observed::default(),
             world: World::alone(),
         })
     }
@@ -101,6 +116,11 @@ impl TrainingState {
     /// The encoder that learns.
     pub fn query(&self) -> &Encoder {
         &self.query
+    }
+
+    /// What is seen of the embeddings of the next step, or was of the last.
+    pub fn observed(&self) -> &Observed {
+        &self.observed
     }
 
     /// The encoder that the run exports and that is evaluated: the moving average where there is one.
@@ -161,6 +181,7 @@ impl TrainingState {
             shuffle,
             bn_groups: self.bn_groups / self.world.size(),
             accumulate: self.accumulate,
+            observed: &self.observed,
             world: &self.world,
         };
         let own = self.method.gradients(&input, &mut gradients)?;
@@ -195,7 +216,7 @@ impl TrainingState {
         }
         self.method.after_step()?;
         if let Some(distillation) = &mut self.distillation {
-            distillation.after_step(batch)?;
+            distillation.after_step(batch, &self.world)?;
         }
         Ok(losses)
     }

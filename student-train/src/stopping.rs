@@ -76,7 +76,7 @@ mod tests {
     fn a_step_that_would_end_after_the_limit_is_not_begun() {
         let watch = StopWatch::start(Some(Duration::from_hours(1)));
         assert_eq!(watch.reason(Duration::from_secs(10)), None);
-        assert_eq!(watch.reason(Duration::from_secs(3600)), Some(StopReason::TimeLimit));
+        assert_eq!(watch.reason(Duration::from_hours(1)), Some(StopReason::TimeLimit));
         assert_eq!(StopWatch::start(None).reason(Duration::MAX / 2), None);
     }
 }

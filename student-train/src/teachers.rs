@@ -6,6 +6,7 @@ use candle_core::{Device, Tensor};
 use shared::data_loader::embedding_batch;
 use shared::embedding::EmbeddingSet;
 use shared::manifest::Input;
+use shared::models::MlpHead;
 use shared::ops::{Engine, Mode, Pass, l2_normalise};
 use shared::rng::KeyedRng;
 use shared::shard::ShardSet;
@@ -72,9 +73,23 @@ impl Teachers {
         sets.map(|(index, (set, path))| set.manifest().as_input(&role(index), path)).collect()
     }
 
-    /// The sets.
-    pub fn sets(&self) -> &[EmbeddingSet] {
-        &self.sets
+    /// The teacher's own projection head, for a student that feeds it.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for several teachers; [`Error::Invalid`] when the set has no head; as [`EmbeddingSet::head`].
+    pub fn head(&self) -> Result<MlpHead> {
+        let ([set], [path]) = (self.sets.as_slice(), self.paths.as_slice()) else {
+            return Err(Error::usage("`--head retro` takes one teacher: give `--embeddings` once"));
+        };
+        set.head()?.ok_or_else(|| {
+            Error::invalid(
+                format!(
+                    "the embedding set `{}` carries no projection head, which `--head retro` reuses",
+                    path.display()
+                ),
+                "embed again with `teacher-embed embed`, by a teacher that has a head, without `--center` and `--pca`",
+            )
+        })
     }
 
     /// The targets of some `(sample, view)` pairs in a step, a function of the seed and the step.

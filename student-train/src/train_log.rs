@@ -1,19 +1,26 @@
-//! What a training reports: losses to `metrics.jsonl`, speeds and memory to `timing.jsonl`, both to the screen.
+//! What a training reports: losses to `metrics.jsonl`, speeds and memory to `timing.jsonl`, both to the screen and to `TensorBoard`.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use shared::io::FileEntry;
+use shared::knn::KnnAccuracy;
 use shared::logging::{JsonLines, LogPosition};
 use shared::memory::peak_memory_bytes;
-use shared::ops::{Isa, isa};
 use shared::progress::Progress;
-use shared::run::{EpochEvent, EpochMetrics, Losses, METRICS_FILE, StepMetrics, TIMING_FILE};
+use shared::run::{
+    EpochEvent, EpochMetrics, Losses, METRICS_FILE, ProbeEvent, ProbeMetrics, StepMetrics, TENSORBOARD_DIRECTORY,
+    TIMING_FILE,
+};
+use shared::tensorboard::EventFile;
 use shared::{Error, Result};
+
+use crate::spread::{CollapseWatch, Spread};
+use crate::timing::{Speed, Window};
 
 /// Steps between lines of `timing.jsonl` within an epoch.
 const TIMING_STEPS: u64 = 100;
@@ -45,28 +52,6 @@ impl EpochSums {
     }
 }
 
-/// A line of `timing.jsonl`.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Timing {
-    /// The epoch, counted from 0.
-    pub epoch: u64,
-    /// Steps done.
-    pub step: u64,
-    /// Since the line before it, or since this process began to train.
-    pub seconds: f64,
-    /// Samples per second in that time; each is seen in two views.
-    pub images_per_second: f64,
-    /// Share of that time in which the training waited for batches.
-    pub data_wait_percent: f64,
-    /// The most memory that this process has held at once since it began; none where the system does not tell.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub peak_memory_bytes: Option<u64>,
-    /// The instruction set that computed.
-    pub isa: Isa,
-    /// Threads that computed.
-    pub threads: usize,
-}
-
 /// The reports of a training in progress.
 #[derive(Debug)]
 pub struct TrainLog {
@@ -75,23 +60,15 @@ pub struct TrainLog {
     timing: File,
     timing_path: PathBuf,
     progress: Progress,
-    epochs: u64,
-    batch_size: usize,
+    events: EventFile,
+    display: Display,
+    /// The latest probe.
+    probe: Option<KnnAccuracy>,
+    collapse: CollapseWatch,
     /// Since the last line of timing.
     window: Window,
-}
-
-#[derive(Debug)]
-struct Window {
-    start: Instant,
-    steps: u64,
-    waited: Duration,
-}
-
-impl Window {
-    fn new() -> Self {
-        Self { start: Instant::now(), steps: 0, waited: Duration::ZERO }
-    }
+    /// Since this process began to train.
+    call: Window,
 }
 
 /// How a training is shown.
@@ -101,8 +78,12 @@ pub struct Display {
     pub epochs: u64,
     /// Of the whole run.
     pub steps: u64,
+    /// Steps of an epoch.
+    pub steps_per_epoch: u64,
     /// Samples in a step.
     pub batch_size: usize,
+    /// Steps between points of `TensorBoard`; the last step of an epoch always is one.
+    pub log_steps: u64,
     /// Show no progress.
     pub quiet: bool,
 }
@@ -126,27 +107,54 @@ impl TrainLog {
         };
         let timing =
             File::options().create(true).append(true).open(&timing_path).map_err(Error::io("open", &timing_path))?;
-        let Display { epochs, steps, batch_size, quiet } = display;
-        let progress = Progress::new("training", "steps", steps, quiet);
+        let events = EventFile::create(&run.join(TENSORBOARD_DIRECTORY), steps_done + 1)?;
+        let progress = Progress::new("training", "steps", display.steps, display.quiet);
         progress.start_at(steps_done);
-        Ok(Self { metrics, sums, timing, timing_path, progress, epochs, batch_size, window: Window::new() })
+        Ok(Self {
+            metrics,
+            sums,
+            timing,
+            timing_path,
+            progress,
+            events,
+            display,
+            probe: None,
+            collapse: CollapseWatch::default(),
+            window: Window::new(),
+            call: Window::new(),
+        })
     }
 
-    /// Reports a step; `waited` is how long its batch was not ready.
+    /// Whether the step after `done` steps gets a line of timing: its embeddings are looked at.
+    pub fn looks_at(&self, done: u64) -> bool {
+        self.window.steps() + 1 == TIMING_STEPS || (done + 1).is_multiple_of(self.display.steps_per_epoch)
+    }
+
+    /// Reports a step; `waited` is how long its batch was not ready, `spread` what was seen of its embeddings.
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn step(&mut self, metrics: &StepMetrics, waited: Duration) -> Result<()> {
+    pub fn step(&mut self, metrics: &StepMetrics, waited: Duration, spread: Option<Spread>) -> Result<()> {
         self.metrics.append(metrics)?;
         self.sums.add(&metrics.losses);
-        self.window.steps += 1;
-        self.window.waited += waited;
+        self.window.step(waited);
+        self.call.step(waited);
         let StepMetrics { step, epoch, lr, losses } = metrics;
-        let rate = self.window.steps as f64 * self.batch_size as f64 / self.window.start.elapsed().as_secs_f64();
-        let (epochs, loss) = (self.epochs, losses.loss);
-        self.progress.message(format!("epoch {}/{epochs}  loss {loss:.4}  lr {lr:.4}  {rate:.1} images/s", epoch + 1));
+        self.progress.message(self.message(metrics));
         self.progress.inc(1);
-        if self.window.steps == TIMING_STEPS { self.write_timing(*epoch, *step) } else { Ok(()) }
+        let epoch_ends = step.is_multiple_of(self.display.steps_per_epoch);
+        if epoch_ends || step.is_multiple_of(self.display.log_steps) {
+            let rate = [("train/lr".to_string(), *lr as f32)];
+            self.events.scalars(*step, tagged("train", losses).into_iter().chain(rate))?;
+            self.events.flush()?;
+        }
+        if epoch_ends || self.window.steps() == TIMING_STEPS {
+            self.write_timing(*epoch, *step, spread)?;
+        }
+        if let Some(warning) = spread.and_then(|spread| self.collapse.warning(*epoch, *step, spread)) {
+            self.progress.note(&warning);
+        }
+        Ok(())
     }
 
     /// Reports the end of an epoch, whose last step was `last`; returns the means over it.
@@ -159,10 +167,40 @@ impl TrainLog {
         let metrics = EpochMetrics { event: EpochEvent::Epoch, epoch, step, lr, losses: losses.clone() };
         self.metrics.append(&metrics)?;
         self.sums = EpochSums::default();
-        if self.window.steps > 0 {
-            self.write_timing(epoch, step)?;
-        }
+        self.events.scalars(step, tagged("epoch", &losses))?;
+        self.events.flush()?;
         Ok(losses)
+    }
+
+    /// Reports a probe, whose time does not count as the training's.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn probe(&mut self, epoch: u64, step: u64, accuracy: KnnAccuracy) -> Result<()> {
+        self.metrics.append(&ProbeMetrics { event: ProbeEvent::Probe, epoch, step, accuracy })?;
+        let values = [("probe/top1", accuracy.top1), ("probe/top5", accuracy.top5)];
+        self.events.scalars(step, values.map(|(tag, value)| (tag.to_string(), value as f32)))?;
+        self.events.flush()?;
+        self.probe = Some(accuracy);
+        self.window = Window::new();
+        Ok(())
+    }
+
+    /// One line of everything that changes: losses, learning rate, speed, waiting, memory, the latest probe.
+    fn message(&self, metrics: &StepMetrics) -> String {
+        let StepMetrics { epoch, lr, losses, .. } = metrics;
+        let Speed { images_per_second, data_wait_percent, .. } = self.window.speed(self.display.batch_size);
+        let epochs = self.display.epochs;
+        let terms: Vec<String> = losses.terms.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
+        let terms = if terms.is_empty() { String::new() } else { format!(" ({})", terms.join(", ")) };
+        let memory = peak_memory_bytes().map(|bytes| format!("  {:.1} GB", bytes as f64 / 1e9)).unwrap_or_default();
+        let probe = self.probe.map(|probe| format!("  k-NN {:.1} %", probe.top1)).unwrap_or_default();
+        format!(
+            "epoch {}/{epochs}  loss {:.4}{terms}  lr {lr:.4}  {images_per_second:.1} images/s  \
+             {data_wait_percent:.1} % waiting{memory}{probe}",
+            epoch + 1,
+            losses.loss
+        )
     }
 
     /// Where a resumed run goes on, for a checkpoint.
@@ -171,6 +209,11 @@ impl TrainLog {
     /// [`Error::Io`].
     pub fn position(&self) -> Result<(LogPosition, EpochSums)> {
         Ok((self.metrics.sync()?, self.sums.clone()))
+    }
+
+    /// How fast this call has been.
+    pub fn speed(&self) -> Speed {
+        self.call.speed(self.display.batch_size)
     }
 
     /// Ends the reports; returns the manifest's entry for `metrics.jsonl`.
@@ -182,22 +225,28 @@ impl TrainLog {
         self.metrics.finish()
     }
 
-    fn write_timing(&mut self, epoch: u64, step: u64) -> Result<()> {
-        let seconds = self.window.start.elapsed().as_secs_f64();
-        let timing = Timing {
-            epoch,
-            step,
-            seconds,
-            images_per_second: self.window.steps as f64 * self.batch_size as f64 / seconds,
-            data_wait_percent: 100.0 * self.window.waited.as_secs_f64() / seconds,
-            peak_memory_bytes: peak_memory_bytes(),
-            isa: isa(),
-            threads: rayon::current_num_threads(),
-        };
+    fn write_timing(&mut self, epoch: u64, step: u64, spread: Option<Spread>) -> Result<()> {
+        let timing = self.window.timing(epoch, step, self.display.batch_size, spread);
         self.window = Window::new();
         let mut line = serde_json::to_string(&timing)
             .map_err(|e| Error::invalid(format!("cannot write `{}`: {e}", self.timing_path.display()), ""))?;
         line.push('\n');
-        self.timing.write_all(line.as_bytes()).map_err(Error::io("write", &self.timing_path))
+        self.timing.write_all(line.as_bytes()).map_err(Error::io("write", &self.timing_path))?;
+        let values = [
+            ("speed/images_per_second", Some(timing.images_per_second as f32)),
+            ("speed/data_wait_percent", Some(timing.data_wait_percent as f32)),
+            ("speed/peak_memory_bytes", timing.peak_memory_bytes.map(|bytes| bytes as f32)),
+            ("embeddings/spread", timing.embedding_spread),
+            ("embeddings/queue_similarity", timing.queue_similarity),
+        ];
+        let known = values.into_iter().filter_map(|(tag, value)| Some((tag.to_string(), value?)));
+        self.events.scalars(step, known)?;
+        self.events.flush()
     }
+}
+
+/// The loss and its terms, each under a tag.
+fn tagged(group: &str, losses: &Losses) -> Vec<(String, f32)> {
+    let terms = losses.terms.iter().map(|(name, &value)| (format!("{group}/{name}"), value));
+    std::iter::once((format!("{group}/loss"), losses.loss)).chain(terms).collect()
 }

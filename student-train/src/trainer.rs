@@ -24,28 +24,33 @@ use shared::checkpoint::{CHECKPOINT_DIRECTORY, Checkpoint, Checkpoints};
 use shared::cli::note_cpu;
 use shared::data_loader::Prefetcher;
 use shared::distributed::World;
-use shared::embedding::SHARDS_ROLE;
+use shared::embedding::{HEAD_FILE, SHARDS_ROLE};
 use shared::io::{FileEntry, hash_file, write_atomic};
 use shared::logging::{JsonLines, LogPosition};
 use shared::manifest::{Identity, Manifest, Stage};
+use shared::models::MlpHead;
 use shared::ops::{Isa, isa};
 use shared::output::OutputDir;
 use shared::progress::note;
-use shared::run::{CONFIG_FILE, Losses, METRICS_FILE, Objective, RunDetails, StepMetrics};
+use shared::run::{
+    BEST_STUDENT_FILE, BestStudent, CONFIG_FILE, Losses, METRICS_FILE, Objective, RunDetails, StepMetrics,
+};
 use shared::shard::ShardSet;
 use shared::{Error, Fault, Result};
 
 use crate::args::Options;
 use crate::batches::{Batches, queue_advice};
-use crate::config::{Config, Plan};
-use crate::export::write_student;
+use crate::config::{Config, HeadSource, Plan};
+use crate::export::{write_best, write_student};
 use crate::init::Init;
 use crate::method::Counters;
+use crate::probe::Probe;
 use crate::ranks;
 use crate::saver::Saver;
 use crate::step::{Batch, TrainingState, batch_shuffle};
 use crate::stopping::{StopReason, StopWatch};
 use crate::teachers::Teachers;
+use crate::timing::Speed;
 use crate::train_log::{Display, EpochSums, TrainLog};
 
 /// What a checkpoint holds besides tensors.
@@ -60,6 +65,9 @@ struct Progressed {
     last_epoch: Option<Losses>,
     metrics: LogPosition,
     epoch_sums: EpochSums,
+    /// What the probe found best so far.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    best: Option<BestStudent>,
     /// The instruction set that computed the steps since the checkpoint before it; not known of older checkpoints.
     #[serde(default)]
     isa: Option<Isa>,
@@ -68,8 +76,8 @@ struct Progressed {
 /// How a call ended.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Outcome {
-    /// The run was finished by this call.
-    Trained(Manifest),
+    /// The run was finished by this call; how fast it was, the first rank knows.
+    Trained(Manifest, Option<Speed>),
     /// It had been finished before.
     AlreadyFinished(Manifest),
     /// It was stopped before its end.
@@ -80,6 +88,8 @@ pub enum Outcome {
         of_steps: u64,
         /// Why.
         reason: StopReason,
+        /// How fast this call was; the first rank knows.
+        speed: Option<Speed>,
     },
 }
 
@@ -90,13 +100,13 @@ pub enum Outcome {
 /// together; [`Error::Invalid`] when the loss stops being finite; what reading and writing files can give.
 pub fn train(objective: Objective, options: &Options, plan: &Plan, world: &World) -> Result<Outcome> {
     let watch = StopWatch::start(plan.time_limit);
-    let Inputs { config, init, batches, identity } = world.agree(Inputs::find(objective, options, plan, world))?;
-    ranks::check_equal(&identity, world)?;
-    let output = match ranks::begin(plan, &identity, world)? {
+    let inputs = world.agree(Inputs::find(objective, options, plan, world))?;
+    ranks::check_equal(&inputs.identity, world)?;
+    let output = match ranks::begin(plan, &inputs.identity, world)? {
         Ok(output) => output,
         Err(manifest) => return Ok(Outcome::AlreadyFinished(manifest)),
     };
-    Trainer::start(&config, plan, &identity, init.as_ref(), output.as_ref(), batches, world)?.run(output, watch)
+    Trainer::start(&inputs, plan, output.as_ref(), world)?.run(output, watch)
 }
 
 /// What a run is made from.
@@ -105,6 +115,9 @@ pub(crate) struct Inputs {
     pub(crate) init: Option<Init>,
     pub(crate) batches: Arc<Batches>,
     pub(crate) identity: Identity,
+    pub(crate) probe: Option<Probe>,
+    /// What the student's adapter feeds.
+    pub(crate) teacher_head: Option<Arc<MlpHead>>,
 }
 
 impl Inputs {
@@ -112,12 +125,24 @@ impl Inputs {
     pub(crate) fn find(objective: Objective, options: &Options, plan: &Plan, world: &World) -> Result<Self> {
         let shards = ShardSet::open(&plan.shards)?;
         let teachers = Teachers::open(&plan.embeddings, &shards, options.ensemble)?;
-        let config = Config::new(objective, options, teachers.as_ref().map(Teachers::embedding_dim))?;
+        let mut config = Config::new(objective, options, teachers.as_ref().map(Teachers::embedding_dim))?;
+        let teacher_head = match (&teachers, config.head_source) {
+            (Some(teachers), HeadSource::Retro) => Some(Arc::new(teachers.head()?)),
+            _ => None,
+        };
+        if let Some(head) = &teacher_head {
+            config.reuse_head(head.config());
+        }
         ranks::check_shares(&config, world)?;
         let mut inputs = vec![shards.manifest().as_input(SHARDS_ROLE, &plan.shards)];
         inputs.extend(teachers.iter().flat_map(Teachers::as_inputs));
         let init = Init::find(plan, &config)?;
         inputs.extend(init.as_ref().map(|init| init.input().clone()));
+        let probe = match (&plan.probe, config.probe) {
+            (Some(paths), Some(config)) => Some(Probe::open(paths, config, &shards)?),
+            _ => None,
+        };
+        inputs.extend(probe.iter().flat_map(Probe::inputs));
         let batches = Batches::new(shards, teachers, config.batch_size, config.seed, config.order)?;
         let mut batches = batches.shared_out(world, config.method.shuffles_keys());
         if config.method.sees_local_views() {
@@ -125,7 +150,7 @@ impl Inputs {
         }
         let batches = Arc::new(batches);
         let identity = Identity::new(Stage::StudentTrain, &config, config.seed, inputs)?;
-        Ok(Self { config, init, batches, identity })
+        Ok(Self { config, init, batches, identity, probe, teacher_head })
     }
 }
 
@@ -134,33 +159,31 @@ struct Trainer<'a> {
     plan: &'a Plan,
     world: &'a World,
     batches: Arc<Batches>,
+    teacher_head: Option<&'a MlpHead>,
     state: TrainingState,
     /// Of the first rank only.
-    writer: Option<Writer>,
+    writer: Option<Writer<'a>>,
     /// Steps done.
     step: u64,
     last_epoch: Option<Losses>,
 }
 
 /// What writes the run.
-struct Writer {
+struct Writer<'a> {
     saver: Saver,
     log: TrainLog,
+    probe: Option<&'a Probe>,
+    /// What the probe found best so far.
+    best: Option<BestStudent>,
     config_file: FileEntry,
 }
 
 impl<'a> Trainer<'a> {
-    fn start(
-        config: &'a Config,
-        plan: &'a Plan,
-        identity: &Identity,
-        init: Option<&Init>,
-        output: Option<&OutputDir>,
-        batches: Arc<Batches>,
-        world: &'a World,
-    ) -> Result<Self> {
+    fn start(inputs: &'a Inputs, plan: &'a Plan, output: Option<&OutputDir>, world: &'a World) -> Result<Self> {
+        let Inputs { config, init, batches, identity, probe, teacher_head } = inputs;
+        let (init, batches) = (init.as_ref(), Arc::clone(batches));
         let run = plan.output.as_path();
-        let mut state = TrainingState::new(config)?.in_world(world.clone());
+        let mut state = TrainingState::with_teacher_head(config, teacher_head.clone())?.in_world(world.clone());
         let directory = run.join(CHECKPOINT_DIRECTORY);
         let checkpoints = match output {
             Some(_) => Checkpoints::open(directory, identity, plan.keep)?,
@@ -213,7 +236,9 @@ impl<'a> Trainer<'a> {
         let display = Display {
             epochs: config.epochs,
             steps: config.epochs * batches.steps_per_epoch(),
+            steps_per_epoch: batches.steps_per_epoch(),
             batch_size: config.batch_size,
+            log_steps: plan.log_steps,
             quiet: plan.quiet,
         };
         let position = resumed.as_ref().map(|(_, progressed)| (&progressed.metrics, progressed.epoch_sums.clone()));
@@ -222,11 +247,13 @@ impl<'a> Trainer<'a> {
                 let config_file = write_atomic(run.join(CONFIG_FILE), config.to_toml(init.is_some())?.as_bytes())?;
                 let log = TrainLog::open(run, position, step, display)?;
                 let saver = Saver::new(checkpoints, plan.checkpoints, resumed.as_ref().map(|(step, _)| *step));
-                Ok::<_, Error>(Writer { saver, log, config_file })
+                let best = resumed.as_ref().and_then(|(_, progressed)| progressed.best.clone());
+                Ok::<_, Error>(Writer { saver, log, probe: probe.as_ref(), best, config_file })
             })
             .transpose()?;
         let last_epoch = resumed.and_then(|(_, progressed)| progressed.last_epoch);
-        Ok(Self { config, plan, world, batches, state, writer, step, last_epoch })
+        let teacher_head = teacher_head.as_deref();
+        Ok(Self { config, plan, world, batches, teacher_head, state, writer, step, last_epoch })
     }
 
     fn run(mut self, output: Option<OutputDir>, watch: StopWatch) -> Result<Outcome> {
@@ -235,32 +262,44 @@ impl<'a> Trainer<'a> {
         let mut batches = self.batches.prefetch(self.step..stop)?;
         while self.step < stop {
             let began = Instant::now();
+            let looks = self.writer.as_ref().is_some_and(|writer| writer.log.looks_at(self.step));
+            self.state.observed().look(looks);
             let (metrics, waited) = self.one_step(&mut batches)?;
             let reason = ranks::reason_to_stop(watch.reason(began.elapsed()), self.world)?;
             let reason = reason.filter(|_| self.step < total);
             self.write(&metrics, waited, reason.is_some() || self.step == total)?;
             if let Some(reason) = reason {
-                return Ok(Outcome::Stopped { steps: self.step, of_steps: total, reason });
+                return Ok(self.stopped(reason));
             }
         }
         drop(batches);
         if self.step < total {
             self.wait()?;
-            return Ok(Outcome::Stopped { steps: self.step, of_steps: total, reason: StopReason::Steps });
+            return Ok(self.stopped(StopReason::Steps));
         }
         let world = self.world;
+        let speed = self.speed();
         let manifest = self.finish(output)?;
-        Ok(Outcome::Trained(world.broadcast(manifest)?))
+        Ok(Outcome::Trained(world.broadcast(manifest)?, speed))
     }
 
     /// Reports a step, and saves when it is the last one of this call or a checkpoint is due.
     fn write(&mut self, metrics: &StepMetrics, waited: Duration, last: bool) -> Result<()> {
-        let Some(Writer { saver, log, .. }) = &mut self.writer else { return Ok(()) };
-        log.step(metrics, waited)?;
+        let image_size = self.image_size();
+        let Some(Writer { saver, log, probe, best, .. }) = &mut self.writer else { return Ok(()) };
+        log.step(metrics, waited, self.state.observed().spread()?)?;
         let steps_per_epoch = self.batches.steps_per_epoch();
         let epoch_end = self.step.is_multiple_of(steps_per_epoch).then_some(self.step / steps_per_epoch);
-        if epoch_end.is_some() {
+        if let Some(epoch) = epoch_end {
             self.last_epoch = Some(log.epoch(metrics)?);
+            if let Some(probe) = probe.filter(|probe| probe.due(epoch, self.config.epochs)) {
+                let accuracy = probe.accuracy(self.state.student())?;
+                log.probe(metrics.epoch, self.step, accuracy)?;
+                if best.as_ref().is_none_or(|best| accuracy.top1 > best.accuracy.top1) {
+                    let file = write_best(&self.plan.output, self.state.student(), image_size)?;
+                    *best = Some(BestStudent { epoch: metrics.epoch, step: self.step, accuracy, file });
+                }
+            }
         }
         saver.check()?;
         if last || saver.due(self.step, epoch_end) {
@@ -272,6 +311,19 @@ impl<'a> Trainer<'a> {
     /// Waits until all checkpoints are written.
     fn wait(&mut self) -> Result<()> {
         self.writer.as_mut().map_or(Ok(()), |writer| writer.saver.wait())
+    }
+
+    fn stopped(&self, reason: StopReason) -> Outcome {
+        let of_steps = self.config.epochs * self.batches.steps_per_epoch();
+        Outcome::Stopped { steps: self.step, of_steps, reason, speed: self.speed() }
+    }
+
+    fn speed(&self) -> Option<Speed> {
+        self.writer.as_ref().map(|writer| writer.log.speed())
+    }
+
+    fn image_size(&self) -> [usize; 2] {
+        [self.batches.shards().height(), self.batches.shards().width()]
     }
 
     fn one_step(&mut self, batches: &mut Prefetcher<Batch>) -> Result<(StepMetrics, Duration)> {
@@ -306,7 +358,7 @@ impl<'a> Trainer<'a> {
     }
 
     fn save(&mut self) -> Result<()> {
-        let Some(Writer { saver, log, .. }) = &mut self.writer else { return Ok(()) };
+        let Some(Writer { saver, log, best, .. }) = &mut self.writer else { return Ok(()) };
         let (metrics, epoch_sums) = log.position()?;
         let steps_per_epoch = self.batches.steps_per_epoch();
         let progressed = Progressed {
@@ -316,6 +368,7 @@ impl<'a> Trainer<'a> {
             last_epoch: self.last_epoch.clone(),
             metrics,
             epoch_sums,
+            best: best.clone(),
             isa: Some(isa()),
         };
         saver.save(self.step, progressed, self.state.to_tensors()?)
@@ -323,18 +376,23 @@ impl<'a> Trainer<'a> {
 
     /// The manifest of the finished run; none but on the first rank.
     fn finish(self, output: Option<OutputDir>) -> Result<Option<Manifest>> {
-        let (Some(Writer { saver, log, config_file }), Some(output)) = (self.writer, output) else {
+        let image_size = self.image_size();
+        let (Some(Writer { saver, log, best, config_file, .. }), Some(output)) = (self.writer, output) else {
             return Ok(None);
         };
-        let image_size = [self.batches.shards().height(), self.batches.shards().width()];
         let student = write_student(output.path(), self.state.student(), image_size)?;
         let directory = saver.checkpoints().directory();
         let mut files = vec![config_file, student];
+        if let Some(head) = self.teacher_head {
+            files.push(head.write(output.path().join(HEAD_FILE))?);
+        }
         for name in [shared::checkpoint::tensors_file_name(self.step), shared::checkpoint::record_file_name(self.step)]
         {
             let entry = hash_file(directory.join(name))?;
             files.push(FileEntry { path: format!("{CHECKPOINT_DIRECTORY}/{}", entry.path), ..entry });
         }
+        let best = best.map(|best| check_best(output.path(), best)).transpose()?.flatten();
+        files.extend(best.iter().map(|best| best.file.clone()));
         let details = RunDetails {
             objective: self.config.objective,
             arch: self.config.student,
@@ -342,10 +400,12 @@ impl<'a> Trainer<'a> {
             head: self.config.head().kind,
             head_hidden: self.config.head_hidden,
             embedding_dim: self.config.embedding_dim,
+            adapter_width: self.config.adapter_width,
             image_size,
             checkpoint: format!("{CHECKPOINT_DIRECTORY}/{}", shared::checkpoint::tensors_file_name(self.step)),
             averaged: self.config.optimisation.ema_decay.is_some(),
             final_losses: self.last_epoch.clone().unwrap_or_default(),
+            best,
         };
         let counts = BTreeMap::from([
             ("samples".into(), self.batches.shards().len() as u64),
@@ -358,6 +418,22 @@ impl<'a> Trainer<'a> {
             .map_err(|e| Error::invalid(format!("the run's details have no JSON form: {e}"), ""))?;
         output.finish(counts, details, files).map(Some)
     }
+}
+
+/// The best student, if its file is there still: a later one replaces it, which a run that goes on with another instruction set
+/// may not find again.
+fn check_best(run: &Path, best: BestStudent) -> Result<Option<BestStudent>> {
+    let path = run.join(BEST_STUDENT_FILE);
+    let found = path.exists().then(|| hash_file(&path)).transpose()?;
+    if found.as_ref() == Some(&best.file) {
+        return Ok(Some(best));
+    }
+    let step = best.step;
+    note(&format!(
+        "warning: `{}` is not the student that was found best, in step {step}: it is left out",
+        path.display()
+    ));
+    Ok(None)
 }
 
 /// Takes a state from a checkpoint, after checking what it says about itself.
@@ -392,6 +468,7 @@ mod tests {
             last_epoch: None,
             metrics: LogPosition { bytes: 4, blake3: String::new() },
             epoch_sums: EpochSums::default(),
+            best: None,
             isa: Some(Isa::Portable),
         };
         let mut json = serde_json::to_value(&named).unwrap();

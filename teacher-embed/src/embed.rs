@@ -6,7 +6,7 @@ use std::fmt;
 use serde::Serialize;
 use serde_json::json;
 use shared::cli::note_cpu;
-use shared::embedding::{EmbeddingSet, Projection, SHARDS_ROLE};
+use shared::embedding::{EmbeddingSet, HEAD_FILE, Projection, SHARDS_ROLE};
 use shared::manifest::{Identity, Manifest, Stage};
 use shared::models::Arch;
 use shared::output::{Begun, OutputDir};
@@ -139,7 +139,10 @@ pub fn embed(config: &EmbedConfig) -> Result<Embedded> {
                 note_cpu();
             }
             let write = if config.projection.is_some() { write_projected } else { write_embedded };
-            let written = write(&job, output.path(), output.resumed())?;
+            let mut written = write(&job, output.path(), output.resumed())?;
+            if let (None, Some(head)) = (config.projection, teacher.head()) {
+                written.files.push(head.write(output.path().join(HEAD_FILE))?);
+            }
             if written.resumed > 0 && !config.quiet {
                 note(&format!("{} of {} shards were computed before", written.resumed, shards.shards().len()));
             }

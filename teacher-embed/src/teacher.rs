@@ -22,6 +22,7 @@ pub const WEIGHTS_ROLE: &str = "weights";
 pub struct Teacher {
     encoder: Encoder,
     output: Output,
+    head: Option<MlpHead>,
     description: TeacherDescription,
     input: Input,
     unused: Vec<String>,
@@ -35,7 +36,7 @@ enum Output {
     /// The pooled features.
     Features,
     /// The head of a checkpoint, on the pooled features.
-    Head(MlpHead),
+    Head,
 }
 
 /// What the manifest says about the teacher.
@@ -83,7 +84,8 @@ impl Teacher {
         let source = json!({ "objective": details.objective, "checkpoint": details.checkpoint });
         let description = TeacherDescription { arch: asked.0, method: asked.1, embedding_dim, source };
         let input = run.manifest().as_input(WEIGHTS_ROLE, path);
-        Ok(Self { encoder, output, description, input, unused: Vec::new() })
+        let head = own_head(&encoder, details.adapter_width.is_some(), &output)?;
+        Ok(Self { encoder, output, head, description, input, unused: Vec::new() })
     }
 
     fn from_file(path: &Path, arch: Option<Arch>, method: Option<Method>, state_key: Option<&str>) -> Result<Self> {
@@ -91,7 +93,8 @@ impl Teacher {
         let fitted = choose(&checkpoint, arch, method)?;
         let encoder = Encoder::with_vit_options(fitted.arch, None, fitted.vit_options(), 0, &Device::Cpu)?;
         encoder.store().load(&fitted.load(&checkpoint)?)?;
-        let output = fitted.load_head(&checkpoint)?.map_or(Output::Features, Output::Head);
+        let head = fitted.load_head(&checkpoint)?;
+        let output = if head.is_some() { Output::Head } else { Output::Features };
         let description = TeacherDescription {
             arch: fitted.arch,
             method: fitted.method,
@@ -104,7 +107,7 @@ impl Teacher {
         };
         let fingerprint = hash_file(path)?.blake3;
         let input = Input { role: WEIGHTS_ROLE.into(), path: path.display().to_string(), fingerprint };
-        Ok(Self { encoder, output, description, input, unused: fitted.unexpected })
+        Ok(Self { encoder, output, head, description, input, unused: fitted.unexpected })
     }
 
     /// What the manifest says about it.
@@ -120,6 +123,11 @@ impl Teacher {
     /// Tensors of the file that neither the network nor its method accounts for, and that were left aside.
     pub fn unused(&self) -> &[String] {
         &self.unused
+    }
+
+    /// The head that makes embeddings of features, if there is one, it is known layer by layer, and it is the teacher's alone.
+    pub fn head(&self) -> Option<&MlpHead> {
+        self.head.as_ref()
     }
 
     /// What the teacher gives, before it is scaled to unit length.
@@ -154,10 +162,10 @@ impl Teacher {
     }
 
     fn raw(&self, xs: &Tensor) -> Result<Tensor> {
-        match &self.output {
-            Output::OwnHead => self.encoder.head_outputs(xs, Mode::Eval),
-            Output::Features => self.encoder.features(xs, Mode::Eval),
-            Output::Head(head) => head.forward(&self.encoder.features(xs, Mode::Eval)?),
+        match (&self.output, &self.head) {
+            (Output::OwnHead, _) => self.encoder.head_outputs(xs, Mode::Eval),
+            (Output::Head, Some(head)) => head.forward(&self.encoder.features(xs, Mode::Eval)?),
+            (Output::Features | Output::Head, _) => self.encoder.features(xs, Mode::Eval),
         }
     }
 
@@ -166,6 +174,17 @@ impl Teacher {
             format!("the teacher of `{}` gives embeddings without a direction", self.input.path),
             "its weights hold zeros only or numbers that are not finite: check the checkpoint",
         )
+    }
+}
+
+/// The head of a run's encoder; none where its embeddings are features, or the head is partly another network's.
+fn own_head(encoder: &Encoder, reused: bool, output: &Output) -> Result<Option<MlpHead>> {
+    match (encoder.head(), output) {
+        (Some(head), Output::OwnHead) if !reused => {
+            let layers = head.layers(encoder.arch().feature_width())?;
+            MlpHead::new(&layers, &encoder.store().to_tensors()?).map(Some)
+        }
+        _ => Ok(None),
     }
 }
 

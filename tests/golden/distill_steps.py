@@ -8,7 +8,9 @@ The steps are those of disco_steps.py, with other terms of the teacher in place 
            0.01 (teacher) (SEED, arXiv 2101.04731); after the step the teacher's embeddings of the term's views enter the queue;
   simreg   squared distance of the teacher's embeddings to what a predictor makes of the student's features: linear F to 2F, batch
            norm, ReLU, linear to F, linear to 2F, batch norm, ReLU, linear to D (SimReg, arXiv 2201.05131); it learns too;
-  concat   squared distance to two teachers' embeddings side by side, at unit length.
+  concat   squared distance to two teachers' embeddings side by side, at unit length;
+  retro    as disco_steps.py, but the student's head is one linear layer before the frozen head of the teacher (Retro, arXiv 2405.15311),
+           which has batch norm by running statistics, ReLU and GELU, for both encoders.
 
 Shifts of batch norm lie far from 0, see disco_steps.py; all inputs come from formula.py. Written with Python 3.11.7, torch 2.15.0 and
 torchvision 0.29.2 on the CPU. Run: python tests/golden/distill_steps.py > tests/golden/distill_steps.json
@@ -38,6 +40,7 @@ TRACES = {
     "simreg": ({"simreg": (2.0, True)}, True),
     "mse alone": ({"mse": (32.0, True)}, False),
     "concat": ({"mse": (32.0, True)}, False),
+    "retro": ({"mse": (32.0, True)}, True),
 }
 
 
@@ -64,6 +67,17 @@ def predictor():
             p = dict(model.named_parameters())[name]
             p.copy_(torch.from_numpy(disco.shift(name, p.numel())))
     return model.double().train()
+
+
+def teacher_head():
+    layers = {"0": nn.Linear(48, 40), "bn1": nn.BatchNorm1d(40), "2": nn.ReLU()}
+    layers |= {"3": nn.Linear(40, 36, bias=False), "4": nn.GELU(), "5": nn.Linear(36, WIDTH)}
+    model = nn.ModuleDict({"head": nn.ModuleDict(layers)})
+    load_into(model)
+    with torch.no_grad():
+        norm = model["head"]["bn1"]
+        norm.bias.copy_(torch.from_numpy(disco.shift("head.bn1.bias", norm.bias.numel())))
+    return nn.Sequential(*model["head"].values()).double().eval().requires_grad_(False)
 
 
 def rows(name, count, width=WIDTH):
@@ -126,7 +140,13 @@ def terms_of(terms, which, step, embeddings, features, teacher, seed_queue, simr
 
 
 def trace(name, terms, contrast):
-    query = disco.encoder()
+    query, head = disco.encoder(), nn.Identity()
+    if name == "retro":
+        query.fc, head = nn.Linear(FEATURES, 48), teacher_head()
+        adapter = nn.ModuleDict({"fc": query.fc})
+        load_into(adapter)
+        query.double()
+    embed = lambda model, xs: F.normalize(head(model(xs)), dim=1)
     features = {}
     query.avgpool.register_forward_hook(lambda module, xs, out: features.__setitem__("out", out.flatten(1)))
     key = copy.deepcopy(query) if contrast else None
@@ -146,12 +166,12 @@ def trace(name, terms, contrast):
                     mine.mul_(KEY_MOMENTUM).add_(theirs, alpha=1.0 - KEY_MOMENTUM)
                 shuffle = torch.tensor(SHUFFLES[step])
                 keys = torch.empty(BATCH, WIDTH, dtype=torch.float64)
-                keys[shuffle] = disco.embed(key, views["k"][shuffle])
+                keys[shuffle] = embed(key, views["k"][shuffle])
         for which in "qk":
             acts = any(which == "q" or both for _, both in terms.values())
             if not acts and not (contrast and which == "q"):
                 continue
-            embeddings = disco.embed(query, views[which])
+            embeddings = embed(query, views[which])
             if contrast and which == "q":
                 logits = torch.cat([(embeddings * keys).sum(1, keepdim=True), embeddings @ queue.t()], dim=1) / TEMPERATURE
                 info_nce = F.cross_entropy(logits, torch.zeros(BATCH, dtype=torch.long))

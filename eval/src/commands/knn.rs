@@ -1,13 +1,13 @@
 //! `student-eval knn`.
 
 use shared::cli::{print, print_json, with_threads};
+use shared::knn::{nearest, vote};
 use shared::progress::note;
-use shared::shard::ShardSet;
+use shared::shard::{ShardSet, check_classes, open_labelled};
 use shared::{Error, Result};
 
 use crate::args::KnnArgs;
-use crate::commands::{check_classes, open_labelled, warn_of_shared_samples};
-use crate::knn::{nearest, vote};
+use crate::commands::warn_of_shared_samples;
 use crate::results::{KnnConfig, Measurement, Record, SetRecord, path_for};
 use crate::source::{self, Source};
 use crate::table::Table;

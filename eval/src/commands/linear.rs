@@ -2,11 +2,11 @@
 
 use shared::cli::{print, print_json, with_threads};
 use shared::progress::{Progress, note};
-use shared::shard::ShardSet;
+use shared::shard::{ShardSet, check_classes, open_labelled};
 use shared::{Error, Result};
 
 use crate::args::LinearArgs;
-use crate::commands::{check_classes, open_labelled, warn_of_shared_samples};
+use crate::commands::warn_of_shared_samples;
 use crate::linear_probe::{EpochAccuracy, ProbeConfig, check_config, train};
 use crate::results::{Measurement, Record, SetRecord, path_for};
 use crate::source::{self, Source};

@@ -8,6 +8,7 @@ use shared::cli::note_cpu;
 use shared::data_loader::normalized_batch;
 use shared::io::{FileEntry, hash_file};
 use shared::manifest::{Identity, Input, Stage};
+use shared::matrix;
 use shared::models::Encoder;
 use shared::ops::Mode;
 use shared::output::{Begun, OutputDir};
@@ -20,7 +21,6 @@ use shared::{Error, Result};
 use super::{
     FeatureSet, FeatureSetDetails, PIXEL_NORMALIZATION_KEY, SHARDS_ROLE, details_of, feature_file_name, is_complete,
 };
-use crate::matrix;
 
 /// Images per forward pass. Fixed, because the last bits of a matrix product may depend on its size: the same shards give the
 /// same bytes.

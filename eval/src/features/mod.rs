@@ -18,13 +18,12 @@ pub use extract::{Extractor, extract};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use shared::feature_rows::FeatureRows;
 use shared::manifest::{MANIFEST_FILE, Manifest, Stage, short};
 use shared::shard::{Shard, ShardSet};
 use shared::tensor_file::TensorFile;
 use shared::transforms::normalize::Normalization;
 use shared::{Error, Fault, Result};
-
-use crate::feature_rows::FeatureRows;
 
 /// The role under which a feature set records its shard set.
 pub const SHARDS_ROLE: &str = "shards";

@@ -8,9 +8,9 @@ use std::sync::{Mutex, PoisonError};
 use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
 use rayon::prelude::*;
 use shared::Result;
+use shared::matrix;
 
 use super::softmax;
-use crate::matrix;
 
 /// `L` linear classifiers with the state of SGD with momentum.
 #[derive(Debug)]

@@ -4,10 +4,9 @@ use candle_core::Tensor;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use shared::Result;
+use shared::feature_rows::FeatureRows;
+use shared::matrix;
 use shared::rng::KeyedRng;
-
-use crate::feature_rows::FeatureRows;
-use crate::matrix;
 
 /// Rows per partial sum of the training statistics: fixed, so that the sums are the same for any thread count.
 const STATISTICS_BLOCK: usize = 1024;

@@ -21,11 +21,10 @@ pub use inputs::{Normalize, Scaling, epoch_order, view_of};
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use shared::feature_rows::FeatureRows;
 use shared::rng::KeyedRng;
 use shared::schedule::Steps;
 use shared::{Error, Result};
-
-use crate::feature_rows::FeatureRows;
 
 /// Validation rows per matrix product.
 const VAL_BLOCK: usize = 1024;

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use shared::manifest::short;
 
 use super::summary::{RunSummary, Summary};
+use super::terms::terms;
 use crate::linear_probe::EpochAccuracy;
 use crate::table::Table;
 
@@ -157,22 +158,19 @@ fn settings(summary: &Summary) -> Table {
 }
 
 fn losses(runs: &[RunSummary]) -> Table {
-    let columns = [
-        "run",
-        ">steps",
-        ">loss",
-        ">contrastive loss",
-        ">distance, query",
-        ">distance, key",
-        ">query finds its key, %",
-    ];
-    let mut table = Table::new(&columns);
+    let terms = terms(runs.iter().flat_map(|run| run.final_metrics.keys().map(String::as_str)));
+    let head = ["run", ">steps", ">loss"].map(String::from).into_iter();
+    let head: Vec<String> = head.chain(terms.iter().map(|term| format!(">{}", term.column))).collect();
+    let mut table = Table::new(&head);
     for run in runs.iter().filter(|run| !run.final_metrics.is_empty()) {
-        let metric = |key: &str| run.final_metrics.get(key).map_or_else(dash, |value| format!("{value:.4}"));
-        let top1 = run.final_metrics.get("top1").map_or_else(dash, |value| percent(*value));
+        let metric = |key: &str, unit: &str| {
+            let write = |value: &f64| if unit == "percent" { percent(*value) } else { format!("{value:.4}") };
+            run.final_metrics.get(key).map_or_else(dash, write)
+        };
         let steps = run.steps.map_or_else(dash, |steps| steps.to_string());
-        let (q, k) = (metric("distill_q"), metric("distill_k"));
-        table.row(vec![run.name.clone(), steps, metric("loss"), metric("info_nce"), q, k, top1]);
+        let mut cells = vec![run.name.clone(), steps, metric("loss", "")];
+        cells.extend(terms.iter().map(|term| metric(&term.key, term.unit)));
+        table.row(cells);
     }
     table
 }

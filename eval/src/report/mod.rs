@@ -8,6 +8,7 @@ mod markdown;
 mod names;
 mod pictures;
 mod summary;
+mod terms;
 
 use std::fs;
 use std::path::Path;

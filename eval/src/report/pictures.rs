@@ -4,14 +4,15 @@ use std::path::Path;
 
 use image::RgbImage;
 use shared::Result;
+use shared::knn::{ViewChoice, nearest};
 use shared::manifest::Input;
 use shared::shard::{ShardSet, ViewReader};
 use shared::transforms::View;
 
 use super::collect::{Entry, State};
 use super::summary::{Picture, RunSummary, Summary, is_of};
+use super::terms::{Term, terms};
 use crate::features::{FeatureSet, directory_for};
-use crate::knn::{ViewChoice, nearest};
 use crate::pca;
 use crate::plot::bars::{self, Bars};
 use crate::plot::gallery;
@@ -99,20 +100,15 @@ fn losses(entries: &[Entry]) -> Result<Option<Drawn>> {
         })
         .collect();
     let with_steps = trained.len() <= MAX_RUNS_WITH_STEPS;
-    let quantities = [
-        ("info_nce", "Contrastive loss", "InfoNCE"),
-        ("top1", "Queries closest to their own key", "percent"),
-        ("distill_q", "Distance to the teacher, query view", "squared distance"),
-        ("distill_k", "Distance to the teacher, key view", "squared distance"),
-    ];
-    let panels: Vec<Panel> = quantities
-        .iter()
-        .map(|(key, title, unit)| {
+    let keys = trained.iter().flat_map(|(_, training)| training.metrics.iter().map(|metric| metric.key.as_str()));
+    let panels: Vec<Panel> = terms(keys)
+        .into_iter()
+        .map(|Term { key, title, unit, .. }| {
             let curve = |(index, training): &(usize, &super::collect::Training)| {
-                training.metric(key).map(|metric| metric.curve(*index, with_steps))
+                training.metric(&key).map(|metric| metric.curve(*index, with_steps))
             };
             let curves: Vec<Curve> = trained.iter().filter_map(curve).collect();
-            Panel { title: (*title).into(), x_label: "step".into(), y_label: (*unit).into(), curves }
+            Panel { title, x_label: "step".into(), y_label: unit.into(), curves }
         })
         .filter(|panel| !panel.curves.is_empty())
         .collect();
@@ -190,7 +186,7 @@ fn gallery_rows(train: &FeatureSet, val: &FeatureSet, record: &Record, count: us
     let query_rows: Vec<&[f32]> = queries.iter().map(|&query| val_rows.row(query, 0)).collect();
     let labels: Vec<i64> = queries.iter().map(|&query| val_rows.labels()[query]).collect();
     let ids: Vec<u64> = queries.iter().map(|&query| val_rows.sample_ids()[query]).collect();
-    let asked = crate::feature_rows::FeatureRows::new(query_rows, 1, val_rows.width(), &labels, &ids)?;
+    let asked = shared::feature_rows::FeatureRows::new(query_rows, 1, val_rows.width(), &labels, &ids)?;
     // Where both sets are the same, the sample itself comes first and is dropped.
     let same = match &record.measurement {
         Measurement::Knn { config, .. } => config.leave_one_out,

@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use shared::Result;
+use shared::knn::KnnAccuracy;
 use shared::manifest::FORMAT_VERSION;
 
 use super::collect::{Entry, State};
 use crate::features::{FeatureSet, directory_for};
-use crate::knn::KnnAccuracy;
 use crate::linear_probe::{HeadResult, ProbeConfig};
 use crate::results::{KnnConfig, Measurement, Record, SetRecord};
 

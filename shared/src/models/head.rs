@@ -2,8 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::Result;
+use super::{MlpConfig, MlpLayer};
 use crate::ops::{Builder, HiddenLayer, ProjectionHead};
+use crate::{Error, Result};
 
 /// What a projection head is made of.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,6 +47,28 @@ impl HeadConfig {
     /// A head of two layers without batch norm.
     pub const fn mlp(hidden: usize, embedding_dim: usize) -> Self {
         Self { kind: HeadKind::Mlp, hidden, embedding_dim }
+    }
+
+    /// Its layers, for features of a width.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when a width is 0.
+    pub fn layers(self, features: usize) -> Result<MlpConfig> {
+        let Self { kind, hidden, embedding_dim } = self;
+        let linear = |name: &str, inputs, outputs| MlpLayer::Linear { name: name.into(), inputs, outputs, bias: true };
+        let layers = match kind {
+            HeadKind::Linear => vec![linear("fc", features, embedding_dim)],
+            HeadKind::Mlp => {
+                vec![linear("fc.0", features, hidden), MlpLayer::Relu, linear("fc.2", hidden, embedding_dim)]
+            }
+            HeadKind::MlpBatchNorm => vec![
+                linear("projection_head.0", features, hidden),
+                MlpLayer::BatchNorm { name: "projection_head.1".into(), width: hidden, affine: true },
+                MlpLayer::Relu,
+                linear("projection_head.3", hidden, embedding_dim),
+            ],
+        };
+        MlpConfig::new(layers).map_err(|why| Error::invalid(format!("the projection head makes no sense: {why}"), ""))
     }
 
     /// Declares its parameters.

@@ -1,19 +1,27 @@
 //! A frozen projection head of any depth: linear layers, batch norms and activations over rows of features.
 //!
+//! A file of such a head holds its tensors in f32 and, in its metadata under `layers`, what it is made of.
+//!
 //! The heads of teachers differ from method to method; [`MlpConfig`] says what one is made of, under the names of its file.
 //! Students learn with those of [`super::HeadConfig`].
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::Path;
 
 use candle_core::{Device, Tensor};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
+use crate::io::FileEntry;
 use crate::ops::{self, Activation, BATCH_NORM_EPS, Builder, Engine, Linear, Mode, Pass, reference};
-use crate::{Error, Result};
+use crate::tensor_file::{TensorFile, write_tensors};
+use crate::{Error, Fault, Result};
+
+/// The key of the layers in a file's metadata.
+const LAYERS_KEY: &str = "layers";
 
 /// One layer of a head; `name` is what stands before `.weight` in the file.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "kind")]
 pub enum MlpLayer {
     /// An affine map.
@@ -43,14 +51,26 @@ pub enum MlpLayer {
 }
 
 /// What a head is made of, first layer first.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(transparent)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Vec<MlpLayer>", into = "Vec<MlpLayer>")]
 pub struct MlpConfig {
     layers: Vec<MlpLayer>,
-    #[serde(skip)]
     inputs: usize,
-    #[serde(skip)]
     outputs: usize,
+}
+
+impl TryFrom<Vec<MlpLayer>> for MlpConfig {
+    type Error = String;
+
+    fn try_from(layers: Vec<MlpLayer>) -> std::result::Result<Self, String> {
+        Self::new(layers)
+    }
+}
+
+impl From<MlpConfig> for Vec<MlpLayer> {
+    fn from(config: MlpConfig) -> Self {
+        config.layers
+    }
 }
 
 impl MlpConfig {
@@ -146,6 +166,9 @@ impl fmt::Display for MlpConfig {
 /// A head with its weights, on the CPU, in evaluation mode for ever.
 #[derive(Debug)]
 pub struct MlpHead {
+    config: MlpConfig,
+    /// As in a file.
+    tensors: BTreeMap<String, Tensor>,
     steps: Vec<Step>,
 }
 
@@ -197,10 +220,51 @@ impl MlpHead {
             }
         }
         builder.finish_zeroed().load(&weights)?;
-        Ok(Self { steps })
+        let named = config.names_and_shapes().into_iter();
+        let tensors = named.filter_map(|(name, _)| Some((name.clone(), tensors.get(&name)?.clone()))).collect();
+        Ok(Self { config: config.clone(), tensors, steps })
     }
 
-    /// The rows before they are made unit length.
+    /// What it is made of.
+    pub fn config(&self) -> &MlpConfig {
+        &self.config
+    }
+
+    /// Writes it to a file of its own.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Invalid`] when a number is not finite.
+    pub fn write(&self, path: impl AsRef<Path>) -> Result<FileEntry> {
+        if let Some(name) = not_finite(&self.tensors)? {
+            return Err(Error::invalid(format!("`{name}` of the head holds numbers that are not finite"), ""));
+        }
+        let layers = serde_json::to_string(&self.config)
+            .map_err(|e| Error::invalid(format!("the layers of the head have no JSON form: {e}"), ""))?;
+        write_tensors(path, &BTreeMap::from([(LAYERS_KEY.into(), layers)]), &self.tensors)
+    }
+
+    /// Reads what [`MlpHead::write`] wrote.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Damaged`] when the file does not describe a head, or a tensor is missing, of another type or shape,
+    /// or not finite.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let file = TensorFile::open(path)?;
+        let layers = file.metadata().get(LAYERS_KEY).cloned().unwrap_or_default();
+        let config: MlpConfig = serde_json::from_str(&layers)
+            .map_err(|e| file.fault(Fault::Value(format!("its `{LAYERS_KEY}` are not those of a head: {e}"))))?;
+        let mut tensors = BTreeMap::new();
+        for (name, shape) in config.names_and_shapes() {
+            file.view_shaped::<f32>(&name, &shape, "the shape of its layer")?;
+            tensors.insert(name.clone(), file.tensor(&name)?);
+        }
+        match not_finite(&tensors)? {
+            Some(name) => Err(file.fault(Fault::Value(format!("tensor `{name}` is not finite")))),
+            None => Self::new(&config, &tensors),
+        }
+    }
+
+    /// The rows before they are made unit length. A gradient passes through to `xs`; the head itself gets none.
     ///
     /// # Shapes
     /// - `xs`: `(B, F)` f32
@@ -221,6 +285,16 @@ impl MlpHead {
         }
         Ok(xs)
     }
+}
+
+/// The first tensor with numbers that are not finite.
+fn not_finite(tensors: &BTreeMap<String, Tensor>) -> Result<Option<&str>> {
+    for (name, tensor) in tensors {
+        if !tensor.flatten_all()?.to_vec1::<f32>()?.iter().all(|value| value.is_finite()) {
+            return Ok(Some(name));
+        }
+    }
+    Ok(None)
 }
 
 /// A batch norm as factor and summand, worked out in f64.
@@ -278,6 +352,54 @@ mod tests {
         short.remove("h.1.running_var");
         let message = MlpHead::new(&config, &short).unwrap_err().to_string();
         assert!(message.contains("`h.1.running_var` of the head is missing"), "{message}");
+    }
+
+    #[test]
+    fn gradients_pass_through_and_files_keep_everything() {
+        const STEP: f32 = 1e-2;
+        let norm = MlpLayer::BatchNorm { name: "b".into(), width: 5, affine: true };
+        let layers = vec![linear("a", 4, 5, true), norm, MlpLayer::Relu, linear("c", 5, 3, false), MlpLayer::Gelu];
+        let config = MlpConfig::new(layers).unwrap();
+        let values = |count: usize, phase: f32| (0..count).map(move |i| (i as f32 * 1.7 + phase).sin());
+        let mut tensors = BTreeMap::new();
+        for (index, (name, shape)) in config.names_and_shapes().into_iter().enumerate() {
+            let count = shape.iter().product();
+            let all: Vec<f32> = values(count, index as f32).collect();
+            let tensor = Tensor::from_vec(all, shape, &Device::Cpu).unwrap();
+            let tensor = if name.ends_with("running_var") { (tensor.abs().unwrap() + 0.1).unwrap() } else { tensor };
+            tensors.insert(name, tensor);
+        }
+        let head = MlpHead::new(&config, &tensors).unwrap();
+        let at: Vec<f32> = values(8, 0.3).collect();
+        let sum = |head: &MlpHead, at: &[f32]| -> f32 {
+            let xs = Tensor::from_slice(at, (2, 4), &Device::Cpu).unwrap();
+            head.forward(&xs).unwrap().sqr().unwrap().sum_all().unwrap().to_scalar().unwrap()
+        };
+        let xs = candle_core::Var::from_slice(&at, (2, 4), &Device::Cpu).unwrap();
+        let loss = head.forward(&xs).unwrap().sqr().unwrap().sum_all().unwrap();
+        let grads = loss.backward().unwrap();
+        let gradient = grads.get(&xs).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert!(gradient.iter().any(|d| d.abs() > 0.1), "{gradient:?}");
+        for (index, found) in gradient.iter().enumerate() {
+            let shifted = |by: f32| {
+                let mut at = at.clone();
+                at[index] += by;
+                sum(&head, &at)
+            };
+            let expected = (shifted(STEP) - shifted(-STEP)) / (2.0 * STEP);
+            assert!((found - expected).abs() < 2e-2 * expected.abs().max(0.5), "{index}: {found} {expected}");
+        }
+
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("head.safetensors");
+        head.write(&path).unwrap();
+        let read = MlpHead::open(&path).unwrap();
+        assert_eq!((read.config(), sum(&read, &at)), (&config, sum(&head, &at)));
+        write_tensors(&path, &BTreeMap::new(), &tensors).unwrap();
+        let message = MlpHead::open(&path).unwrap_err().to_string();
+        assert!(message.contains("not those of a head"), "{message}");
+        tensors.insert("a.bias".into(), Tensor::new(&[f32::NAN; 5], &Device::Cpu).unwrap());
+        assert!(MlpHead::new(&config, &tensors).unwrap().write(&path).is_err());
     }
 
     #[test]

@@ -14,6 +14,8 @@ mod resnet;
 mod vit;
 mod xcit;
 
+use std::sync::Arc;
+
 use candle_core::{Device, Tensor};
 
 pub use self::arch::Arch;
@@ -138,6 +140,8 @@ pub struct Encoder {
     head: Option<HeadConfig>,
     vit: VitOptions,
     layers: Layers,
+    /// The frozen head of another network, which takes what the own head gives.
+    reused_head: Option<Arc<MlpHead>>,
     store: ParameterStore,
     engine: Engine,
     trainable: bool,
@@ -174,7 +178,21 @@ impl Encoder {
         let mut builder = Builder::new(device);
         let layers = Layers::new(&mut builder, arch, head, vit)?;
         let store = builder.finish(seed)?;
-        Ok(Self { arch, head, vit, layers, store, engine: Engine::for_device(device), trainable: true })
+        let engine = Engine::for_device(device);
+        Ok(Self { arch, head, vit, layers, reused_head: None, store, engine, trainable: true })
+    }
+
+    /// The same encoder with the frozen head of another network behind its own, which adapts the features to it.
+    ///
+    /// # Errors
+    /// `Error::Invalid` when the encoder has no head, or one of another width than `head` takes.
+    pub fn with_reused_head(self, head: Arc<MlpHead>) -> Result<Self> {
+        let (given, wanted) = (self.head.map_or(0, |own| own.embedding_dim), head.config().inputs());
+        if given != wanted {
+            let message = format!("a reused head takes rows of width {wanted}, those before it have {given}");
+            return Err(Error::invalid(message, ""));
+        }
+        Ok(Self { reused_head: Some(head), ..self })
     }
 
     /// The same encoder computed by another engine.
@@ -193,7 +211,8 @@ impl Encoder {
         let layers = Layers::new(&mut builder, self.arch, self.head, self.vit)?;
         let store = builder.finish_zeroed();
         store.copy_from(&self.store)?;
-        Ok(Self { layers, store, trainable: false, ..*self })
+        let reused_head = self.reused_head.clone();
+        Ok(Self { layers, reused_head, store, trainable: false, ..*self })
     }
 
     /// The architecture of the backbone.
@@ -204,6 +223,12 @@ impl Encoder {
     /// The head, if there is one.
     pub fn head(&self) -> Option<HeadConfig> {
         self.head
+    }
+
+    /// `D`: the width of an embedding, 0 without a head.
+    pub fn embedding_dim(&self) -> usize {
+        let own = self.head.map_or(0, |head| head.embedding_dim);
+        self.reused_head.as_ref().map_or(own, |head| head.config().outputs())
     }
 
     /// The engine that computes.
@@ -260,7 +285,7 @@ impl Encoder {
     /// As [`Encoder::embeddings`].
     pub fn outputs_of(&self, features: Tensor, mode: Mode) -> Result<Outputs> {
         let pass = self.pass(mode);
-        let projections = ops::projection_head(&features, self.layers.head()?, &pass)?;
+        let projections = self.project(&features, &pass)?;
         let embeddings = ops::l2_normalise(&projections, &pass)?;
         Ok(Outputs { features, projections, embeddings })
     }
@@ -286,10 +311,9 @@ impl Encoder {
     /// # Errors
     /// As [`Encoder::embeddings`].
     pub fn head_outputs(&self, xs: &Tensor, mode: Mode) -> Result<Tensor> {
-        let head = self.layers.head()?;
         let mut pass = self.pass(mode);
         let features = self.layers.backbone.forward(&mut pass, xs)?;
-        ops::projection_head(&features, head, &pass)
+        self.project(&features, &pass)
     }
 
     /// Runs the backbone's definition by another interpreter, up to the pooled features.
@@ -303,9 +327,18 @@ impl Encoder {
     /// Runs the projection head's definition by another interpreter, from the features up to rows that are not of unit length yet.
     ///
     /// # Errors
-    /// `Error::Invalid` when the encoder has no head; what the interpreter meets.
+    /// `Error::Invalid` when the encoder has no head or reuses another's; what the interpreter meets.
     pub fn interpret_head<I: Interpreter>(&self, run: &mut I, features: &I::Value) -> Result<I::Value> {
+        if self.reused_head.is_some() {
+            let hint = "leave the head out: the backbone is all that is used afterwards";
+            return Err(Error::invalid("an encoder with the head of another network is no single graph", hint));
+        }
         run.projection_head(features, self.layers.head()?)
+    }
+
+    fn project(&self, features: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let projections = ops::projection_head(features, self.layers.head()?, pass)?;
+        self.reused_head.as_ref().map_or(Ok(projections.clone()), |head| head.forward(&projections))
     }
 
     fn pass(&self, mode: Mode) -> Pass {

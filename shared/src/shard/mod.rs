@@ -28,6 +28,7 @@
 
 mod config;
 mod jpeg;
+mod labelled;
 mod reader;
 mod sample;
 mod shard_file;
@@ -36,6 +37,7 @@ mod writer;
 
 pub use config::{Codec, PackingOrder, ShardConfig, Store, StoredJpeg};
 pub use jpeg::{DEFAULT_QUALITY, STORED_DECODER, STORED_ENCODER, encode as encode_jpeg};
+pub use labelled::{check_classes, open_labelled};
 pub use reader::{BASE_ROLE, ShardSet};
 pub use sample::{Pieces, SampleViews};
 pub use shard_file::Shard;

@@ -5,11 +5,13 @@ mod distillation;
 mod method;
 mod optimisation;
 mod plan;
+mod probe;
 mod time_limit;
 
-use serde::Serialize;
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
 use shared::data_loader::Order;
-use shared::models::{Arch, HeadConfig, HeadKind};
+use shared::models::{Arch, HeadConfig, HeadKind, MlpConfig};
 use shared::run::Objective;
 use shared::{Error, Result};
 
@@ -18,6 +20,7 @@ pub use self::distillation::{DistillationConfig, Ensemble, SeedConfig, WeightedT
 pub use self::method::{MethodConfig, MethodName, MocoConfig, SwavConfig};
 pub use self::optimisation::{CurveName, OptimisationConfig, OptimizerName};
 pub use self::plan::Plan;
+pub use self::probe::{ProbeConfig, ProbePaths};
 pub use self::time_limit::TimeLimit;
 use crate::args::Options;
 
@@ -27,6 +30,17 @@ const BN_GROUP_SAMPLES: usize = 32;
 const DEFAULT_BATCH_SIZE: usize = 256;
 /// The official width of an embedding.
 const DEFAULT_EMBEDDING_DIM: usize = 128;
+
+/// What makes embeddings of the student's features.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum HeadSource {
+    /// A projection head of its own
+    #[default]
+    Own,
+    /// An adapter, then the teacher's own head, frozen (Retro)
+    Retro,
+}
 
 /// Everything that decides the bytes of a run, besides its inputs; the manifest records it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -51,6 +65,12 @@ pub struct Config {
     /// The self-supervised method.
     #[serde(flatten)]
     pub method: MethodConfig,
+    /// Whose head makes embeddings; not named when it is the student's own.
+    #[serde(rename = "head", skip_serializing_if = "is_own")]
+    pub head_source: HeadSource,
+    /// Width of the rows that the teacher's head takes, which follows from the embedding set.
+    #[serde(skip)]
+    pub adapter_width: Option<usize>,
     /// Hidden width of the head; not named when it is 0, that of a linear head.
     #[serde(skip_serializing_if = "is_zero")]
     pub head_hidden: usize,
@@ -67,6 +87,9 @@ pub struct Config {
     pub order: Order,
     /// Of everything random.
     pub seed: u64,
+    /// How the student is probed while it learns; none without a probe.
+    #[serde(flatten)]
+    pub probe: Option<ProbeConfig>,
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
@@ -77,6 +100,11 @@ fn is_one(number: &usize) -> bool {
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
 fn is_zero(number: &usize) -> bool {
     *number == 0
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_own(source: &HeadSource) -> bool {
+    *source == HeadSource::Own
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
@@ -96,7 +124,12 @@ impl Config {
         let epochs = options.epochs.unwrap_or(200);
         let with_optimizer = options.method.unwrap_or_default().with_usual_optimizer(options);
         let method = MethodConfig::new(objective, options, batch_size)?;
-        let usual_hidden = if method.head_kind() == HeadKind::Linear { 0 } else { 2048 };
+        let head_source = options.head.unwrap_or_default();
+        if head_source == HeadSource::Retro {
+            check_retro(objective, options, &method)?;
+        }
+        let linear = head_source == HeadSource::Retro || method.head_kind() == HeadKind::Linear;
+        let usual_hidden = if linear { 0 } else { 2048 };
         let usual_groups = method.usual_bn_groups().unwrap_or_else(|| default_bn_groups(batch_size));
         let distillation = (objective == Objective::Distill).then(|| DistillationConfig::new(options, batch_size));
         let distillation = distillation.transpose()?;
@@ -109,19 +142,33 @@ impl Config {
             bn_groups: options.bn_groups.unwrap_or(usual_groups),
             optimisation: OptimisationConfig::new(&with_optimizer, epochs)?,
             method,
+            head_source,
+            adapter_width: None,
             head_hidden: options.head_hidden.unwrap_or(usual_hidden),
             embedding_dim: embedding_dim(options.embedding_dim, teacher_dim)?,
             distillation,
             init_head: options.init_head.unwrap_or(false),
             order: options.order.unwrap_or_default(),
             seed: options.seed.unwrap_or(0),
+            probe: ProbeConfig::new(options)?,
         };
         config.check()?;
         Ok(config)
     }
 
-    /// The projection head.
+    /// Fits the student's adapter to the teacher's head.
+    pub fn reuse_head(&mut self, head: &MlpConfig) {
+        self.adapter_width = Some(head.inputs());
+    }
+
+    /// The projection head that learns; before a head of the teacher, the adapter: one linear layer.
+    ///
+    /// # Source
+    /// Retro, arXiv 2405.15311: an adapter between the student's features and the teacher's frozen projection head.
     pub fn head(&self) -> HeadConfig {
+        if let Some(embedding_dim) = self.adapter_width {
+            return HeadConfig { kind: HeadKind::Linear, hidden: 0, embedding_dim };
+        }
         HeadConfig { kind: self.method.head_kind(), hidden: self.head_hidden, embedding_dim: self.embedding_dim }
     }
 
@@ -138,9 +185,10 @@ impl Config {
             Some(_) => " --embeddings EMBEDDINGS --embeddings EMBEDDINGS ...",
         };
         let init = if init { " --init INIT" } else { "" };
+        let probe = if self.probe.is_some() { " --probe-train SHARDS" } else { "" };
         let name = self.objective.name();
         Ok(format!(
-            "# Repeat with: student-train {name} --config config.toml --shards SHARDS{embeddings}{init} --output RUN\n{table}"
+            "# Repeat with: student-train {name} --config config.toml --shards SHARDS{embeddings}{init}{probe} --output RUN\n{table}"
         ))
     }
 
@@ -152,7 +200,11 @@ impl Config {
         at_least("epochs", self.epochs, 1)?;
         at_least("batch-size", self.batch_size as u64, 2)?;
         at_least("bn-groups", self.bn_groups as u64, 1)?;
-        at_least("head-hidden", self.head_hidden as u64, u64::from(self.head().kind != HeadKind::Linear))?;
+        at_least(
+            "head-hidden",
+            self.head_hidden as u64,
+            u64::from(self.head_source == HeadSource::Own && self.head().kind != HeadKind::Linear),
+        )?;
         at_least("embedding-dim", self.embedding_dim as u64, 1)?;
         at_least("accumulate", self.accumulate as u64, 1)?;
         let Self { batch_size, bn_groups, accumulate, .. } = *self;
@@ -168,6 +220,20 @@ impl Config {
         }
         Ok(())
     }
+}
+
+/// What goes with the teacher's own head.
+fn check_retro(objective: Objective, options: &Options, method: &MethodConfig) -> Result<()> {
+    let message = if objective == Objective::Pretrain {
+        "`pretrain` has no teacher, whose head `--head retro` reuses: use `distill`"
+    } else if !matches!(method, MethodConfig::MocoV2(_) | MethodConfig::Alone) {
+        "`--head retro` replaces the head of `--method moco-v2` or `none`, other methods need their own"
+    } else if options.head_hidden.is_some() {
+        "`--head retro` takes no `--head-hidden`: the head is the teacher's"
+    } else {
+        return Ok(());
+    };
+    Err(Error::usage(message))
 }
 
 fn within(flag: &str, value: f64, fits: bool, range: &str) -> Result<()> {

@@ -8,11 +8,13 @@ use shared::{Error, Result};
 
 use super::DistillationConfig;
 use crate::args::{Options, TrainArgs};
-use crate::config::TimeLimit;
+use crate::config::{ProbePaths, TimeLimit};
 use crate::saver::CheckpointPolicy;
 
 /// How old the last checkpoint may grow unless told otherwise.
 const CHECKPOINT_MINUTES: f64 = 10.0;
+/// Steps between points of `TensorBoard` unless told otherwise.
+const LOG_STEPS: u64 = 10;
 
 /// What a run is made from and how it is carried out; no byte of the result depends on the latter.
 #[derive(Debug, Clone, PartialEq)]
@@ -29,6 +31,10 @@ pub struct Plan {
     pub checkpoints: CheckpointPolicy,
     /// Checkpoints that stay.
     pub keep: usize,
+    /// The sets of the probe, if there is one.
+    pub probe: Option<ProbePaths>,
+    /// Steps between points of `TensorBoard`.
+    pub log_steps: u64,
     /// How long this call may train.
     pub time_limit: Option<Duration>,
     /// Steps after which to stop as if killed.
@@ -66,6 +72,7 @@ impl Plan {
             ("checkpoint-steps", options.checkpoint_steps),
             ("checkpoint-epochs", options.checkpoint_epochs),
             ("keep", Some(keep as u64)),
+            ("log-steps", options.log_steps),
         ] {
             if value == Some(0) {
                 return Err(Error::usage(format!("`--{flag}` must be at least 1")));
@@ -85,6 +92,8 @@ impl Plan {
                 interval: minutes("checkpoint-minutes", options.checkpoint_minutes.unwrap_or(CHECKPOINT_MINUTES))?,
             },
             keep,
+            probe: options.probe_train.clone().map(|train| ProbePaths { train, val: options.probe_val.clone() }),
+            log_steps: options.log_steps.unwrap_or(LOG_STEPS),
             time_limit: options.time_limit.map(TimeLimit::duration),
             stop_after_steps: args.stop_after_steps,
             overwrite: args.common.overwrite,

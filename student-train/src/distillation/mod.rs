@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use candle_core::Tensor;
+use shared::distributed::World;
 use shared::losses::{distillation, rkd_angle, rkd_distance, seed};
 use shared::models::Outputs;
 use shared::run::Losses;
@@ -104,15 +105,15 @@ impl Distillation {
         Ok(Part { loss, terms })
     }
 
-    /// What is left to do once the parameters have moved: the teacher's embeddings enter the queue.
+    /// What is left to do once the parameters have moved: the teacher's embeddings of all ranks enter the queue.
     ///
     /// # Errors
     /// [`Error::Shape`] when the teacher's embeddings are of another shape.
-    pub fn after_step(&mut self, batch: &Batch) -> Result<()> {
+    pub fn after_step(&mut self, batch: &Batch, world: &World) -> Result<()> {
         let Some(queue) = &mut self.queue else { return Ok(()) };
         let Some(term) = self.terms.get(&DistillTerm::Seed) else { return Ok(()) };
         for view in (0..2).filter(|&view| acts_on(term.views, view)) {
-            queue.enqueue(&targets(batch, view, &(0..batch.sample_ids.len()))?)?;
+            queue.enqueue(&world.all_gather(&targets(batch, view, &(0..batch.sample_ids.len()))?)?)?;
         }
         Ok(())
     }
@@ -232,7 +233,7 @@ mod tests {
             }
         }
         let before = distillation.to_tensors().unwrap()["seed_queue"].to_vec2::<f32>().unwrap();
-        distillation.after_step(&batch).unwrap();
+        distillation.after_step(&batch, &World::alone()).unwrap();
         let after = distillation.to_tensors().unwrap()["seed_queue"].to_vec2::<f32>().unwrap();
         assert!(before[0] != after[0] && distillation.counters()["seed_queue_pointer"] == 0);
         assert_eq!(after[8..], batch.teacher.as_ref().unwrap()[1].to_vec2::<f32>().unwrap());

@@ -11,7 +11,7 @@ use shared::cli::may_write;
 use shared::io::{FileEntry, write_atomic};
 use shared::models::{Arch, Encoder};
 use shared::onnx;
-use shared::run::{Run, STUDENT_FILE};
+use shared::run::{BEST_STUDENT_FILE, Run, STUDENT_FILE};
 use shared::tensor_file::{TensorFile, write_tensors};
 use shared::transforms::normalize::{IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD};
 use shared::{Error, Result};
@@ -28,6 +28,14 @@ use crate::args::{ExportArgs, ExportFormat, ExportedWeights, TensorNames};
 /// [`Error::Io`].
 pub fn write_student(run: &Path, encoder: &Encoder, image_size: [usize; 2]) -> Result<FileEntry> {
     write_backbone(&run.join(STUDENT_FILE), encoder, input_entries(image_size))
+}
+
+/// Writes `student-best.safetensors` into a run, as [`write_student`].
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn write_best(run: &Path, encoder: &Encoder, image_size: [usize; 2]) -> Result<FileEntry> {
+    write_backbone(&run.join(BEST_STUDENT_FILE), encoder, input_entries(image_size))
 }
 
 /// Writes an encoder without its head; the header's text entries are its architecture, its feature width, and `input`.

@@ -40,8 +40,7 @@ impl Moco {
     /// # Errors
     /// Only if a tensor operation fails.
     pub fn new(config: &MocoConfig, query: &Encoder, seed: u64) -> Result<Self> {
-        let width = query.head().map_or(0, |head| head.embedding_dim);
-        Self::from_parts(config, query, Queue::random(config.queue_size, width, seed)?)
+        Self::from_parts(config, query, Queue::random(config.queue_size, query.embedding_dim(), seed)?)
     }
 
     /// A state with a given queue.
@@ -72,6 +71,7 @@ impl Moco {
     /// `moco/builder_kq_mse_largeembedding_2048.py`, `forward`.
     pub(super) fn gradients(&mut self, input: &StepInput<'_>, gradients: &mut GradientSum) -> Result<Losses> {
         let keys = self.embed_keys(input)?; // (B, D), of all ranks
+        input.observed.keys(&keys, self.queue.keys())?;
         let own = narrow(&keys, &input.world.share(keys.dim(0)?))?;
         let losses = two_views(input, Some(Contrast { moco: self, keys: &own }), gradients)?;
         self.entering = Some(keys);

@@ -21,6 +21,7 @@ pub use self::swav::{PROTOTYPES_NAME, QUEUE_NAMES, Swav};
 use crate::config::{Config, MethodConfig};
 use crate::distillation::Distillation;
 use crate::part::LossSum;
+use crate::spread::Observed;
 use crate::step::Batch;
 use crate::trainable::{GradientSum, Trainable};
 
@@ -53,6 +54,8 @@ pub struct StepInput<'a> {
     pub bn_groups: usize,
     /// Pieces that are computed one after the other.
     pub accumulate: usize,
+    /// Takes note of the embeddings.
+    pub observed: &'a Observed,
     /// The other ranks.
     pub world: &'a World,
 }
@@ -67,7 +70,9 @@ impl StepInput<'_> {
     /// A piece of a view through the encoder that learns.
     fn outputs(&self, view: &Tensor, rows: &Range<usize>) -> Result<Outputs> {
         let mode = Mode::Train { bn_groups: self.bn_groups / self.accumulate };
-        self.query.outputs(&narrow(view, rows)?, mode)
+        let outputs = self.query.outputs(&narrow(view, rows)?, mode)?;
+        self.observed.embeddings(&outputs.embeddings);
+        Ok(outputs)
     }
 }
 

@@ -103,6 +103,9 @@ impl Swav {
             }
             globals
         };
+        for embeddings in &globals {
+            input.observed.embeddings(embeddings);
+        }
         if input.batch.step < self.config.freeze_prototypes_steps {
             gradients.drop_gradients(PROTOTYPES_NAME);
         }

@@ -1,9 +1,14 @@
-//! Whole trainings in this process: resuming, equal bytes, exported students, and what is refused.
+//! Whole trainings, in this process and as processes of their own: resuming, equal bytes, exported students, and what is refused.
 
+mod cli;
 mod export;
 mod init;
+#[cfg(unix)]
+mod kills;
 mod methods;
 mod objectives;
+mod optimisation;
+mod probe;
 mod refusals;
 mod resume;
 mod workspace;

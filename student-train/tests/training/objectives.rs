@@ -4,12 +4,20 @@ use shared::Result;
 use shared::run::Run;
 use shared::tensor_file::TensorFile;
 
-use crate::train;
-use crate::workspace::{EMBEDDING_DIM, Workspace, write_embedding_set};
+use crate::workspace::{EMBEDDING_DIM, HEAD_INPUTS, Workspace, add_teacher_head, write_embedding_set};
+use crate::{train, train_with};
 
 /// A student with few features, and so a small predictor.
 const SMALL: &str = "--student=vit_tiny_patch16_224";
 const ALL_TERMS: &str = "--distill=mse=32,rkd=1@query,seed=0.5,simreg=2@query";
+
+/// Arguments without a flag and its value.
+fn without(flag: &str, mut arguments: Vec<String>) -> Vec<String> {
+    if let Some(at) = arguments.iter().position(|argument| argument == flag) {
+        arguments.drain(at..at + 2);
+    }
+    arguments
+}
 
 /// Names of the tensors of a run's last checkpoint.
 fn tensor_names(run: &Run) -> Result<Vec<String>> {
@@ -54,12 +62,9 @@ fn all_terms_at_once_go_on_to_the_same_bytes() -> Result<()> {
 #[test]
 fn a_teacher_alone_needs_no_key_encoder() -> Result<()> {
     let workspace = Workspace::new()?;
-    let mut arguments =
-        workspace.arguments("distill", "run", &[SMALL, "--method=none", "--distill=mse=8,rkd=1,simreg=1"]);
-    // What `--method none` does not take.
-    let queue = arguments.iter().position(|argument| argument == "--queue-size").unwrap_or(0);
-    arguments.drain(queue..queue + 2);
-    let trained = crate::train_with(&arguments)?;
+    let options = [SMALL, "--method=none", "--distill=mse=8,rkd=1,simreg=1"];
+    let arguments = without("--queue-size", workspace.arguments("distill", "run", &options));
+    let trained = train_with(&arguments)?;
     assert!(trained.finished);
     let run = Run::open(workspace.path("run"))?;
     let names = tensor_names(&run)?;
@@ -96,5 +101,42 @@ fn ensembles_take_every_teacher() -> Result<()> {
     let refused = |more: &[&str]| train(&workspace, "distill", "refused", more).map(drop).unwrap_err().to_string();
     assert!(refused(&[&first, &first.clone()]).contains("is given twice"));
     assert!(refused(&["--ensemble=mean"]).contains("needs `--embeddings` twice"));
+    Ok(())
+}
+
+#[test]
+fn the_teachers_own_head_stays_as_it_is_and_goes_along() -> Result<()> {
+    let workspace = Workspace::new()?;
+    let retro = |run: &str, more: &[&str]| {
+        let options = [&[SMALL, "--head=retro"], more].concat();
+        train_with(&without("--head-hidden", workspace.arguments("distill", run, &options)))
+    };
+    let message = retro("refused", &[]).map(drop).unwrap_err().to_string();
+    assert!(message.contains("carries no projection head"), "{message}");
+    let message = train(&workspace, "distill", "refused", &["--head=retro"]).map(drop).unwrap_err().to_string();
+    assert!(message.contains("takes no `--head-hidden`"), "{message}");
+
+    add_teacher_head(&workspace.path("embeddings"))?;
+    retro("straight", &[])?;
+    assert!(!retro("killed", &["--checkpoint-steps=1", "--stop-after-steps=1"])?.finished);
+    retro("killed", &[])?;
+    let (straight, killed) = (workspace.contents("straight"), workspace.contents("killed"));
+    for name in ["manifest.json", "metrics.jsonl", "head.safetensors", "step-00000004.safetensors"] {
+        assert!(straight.contains_key(name) && straight.get(name) == killed.get(name), "{name}");
+    }
+    assert_eq!(straight.get("head.safetensors"), workspace.contents("embeddings").get("head.safetensors"));
+
+    let run = Run::open(workspace.path("straight"))?;
+    assert_eq!((run.details().adapter_width, run.details().embedding_dim), (Some(HEAD_INPUTS), EMBEDDING_DIM));
+    let encoder = run.query_encoder()?;
+    let adapter = encoder.head().map(|head| head.embedding_dim);
+    assert_eq!((encoder.embedding_dim(), adapter), (EMBEDDING_DIM, Some(HEAD_INPUTS)));
+    // The adapter learns through the frozen head, and the losses are those of the teacher's embeddings.
+    let checkpoint = TensorFile::open(run.directory().join(&run.details().checkpoint))?;
+    assert!(checkpoint.view::<f32>("sgd.query.fc.weight")?.iter().any(|momentum| momentum.abs() > 1e-6));
+    assert_eq!(checkpoint.shape("queue")?, [6, EMBEDDING_DIM]);
+    // Another student may start from it, with a head of its own.
+    let init = format!("--init={}", workspace.path("straight").display());
+    assert!(train(&workspace, "distill", "next", &[SMALL, &init, "--epochs=1"])?.finished);
     Ok(())
 }

@@ -180,16 +180,17 @@ fn checkpoints(contents: &BTreeMap<String, Vec<u8>>) -> Vec<u64> {
 #[test]
 fn time_limit_leaves_a_checkpoint_and_the_same_command_goes_on() -> Result<()> {
     let workspace = Workspace::new()?;
-    train(&workspace, "pretrain", "straight", &["--epochs=3000", "--time-limit=1s"]).map(|stopped| {
-        assert_eq!((stopped.finished, stopped.stopped_by), (false, Some(StopReason::TimeLimit)));
-        assert!((1..6000).contains(&stopped.steps), "{stopped:?}");
-        assert_eq!(checkpoints(&workspace.contents("straight")), [stopped.steps]);
-        let resumed = train(&workspace, "pretrain", "straight", &["--epochs=3000", "--stop-after-steps=0"]);
-        assert_eq!(resumed.map(|resumed| resumed.steps).unwrap_or_default(), stopped.steps);
-    })
+    let long = "--epochs=3000";
+    let stopped = train(&workspace, "pretrain", "run", &[long, "--time-limit=1s"])?;
+    assert_eq!((stopped.finished, stopped.stopped_by), (false, Some(StopReason::TimeLimit)));
+    assert!((1..6000).contains(&stopped.steps), "{stopped:?}");
+    assert_eq!(checkpoints(&workspace.contents("run")), [stopped.steps]);
+    let resumed = train(&workspace, "pretrain", "run", &[long, "--stop-after-steps=0"])?;
+    assert_eq!(resumed.steps, stopped.steps);
+    Ok(())
 }
 
-fn assert_same<T: PartialEq>(expected: &BTreeMap<String, T>, found: &BTreeMap<String, T>) {
+pub(crate) fn assert_same<T: PartialEq>(expected: &BTreeMap<String, T>, found: &BTreeMap<String, T>) {
     assert_eq!(expected.keys().collect::<Vec<_>>(), found.keys().collect::<Vec<_>>());
     for (name, contents) in expected {
         assert!(contents == &found[name], "`{name}` differs");

@@ -6,9 +6,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use candle_core::{Device, Tensor};
 use shared::Result;
-use shared::embedding::{EmbeddingDtype, EmbeddingSetDetails, embedding_file_name, write_embeddings};
+use shared::embedding::{EmbeddingDtype, EmbeddingSetDetails, HEAD_FILE, embedding_file_name, write_embeddings};
 use shared::manifest::{Identity, Manifest, Stage};
+use shared::models::{MlpConfig, MlpHead, MlpLayer};
 use shared::rng::KeyedRng;
 use shared::shard::{
     LocalDetails, Pieces, SampleViews, ShardSetDetails, ShardWriter, VIEW_PARAMETERS, shard_file_name,
@@ -103,6 +105,26 @@ fn remove(arguments: &mut Vec<String>, flag: &str) {
         let joined = arguments[at].contains('=');
         arguments.drain(at..at + if joined { 1 } else { 2 });
     }
+}
+
+/// Width of the rows that [`add_teacher_head`]'s head takes.
+pub(crate) const HEAD_INPUTS: usize = 12;
+
+/// Adds a projection head to an embedding set, as a teacher that has one does.
+pub(crate) fn add_teacher_head(directory: &Path) -> Result<()> {
+    let layer = |name: &str, inputs, outputs| MlpLayer::Linear { name: name.into(), inputs, outputs, bias: false };
+    let layers = vec![layer("head.0", HEAD_INPUTS, 20), MlpLayer::Relu, layer("head.2", 20, EMBEDDING_DIM)];
+    let config = MlpConfig::new(layers).map_err(|why| shared::Error::invalid(why, ""))?;
+    let mut tensors = BTreeMap::new();
+    for (name, shape) in config.names_and_shapes() {
+        let mut rng = KeyedRng::new("test head", 0, &[shape[1] as u64]);
+        let values: Vec<f32> = (0..shape[0] * shape[1]).map(|_| rng.normal() as f32 / 4.0).collect();
+        tensors.insert(name, Tensor::from_vec(values, shape, &Device::Cpu)?);
+    }
+    let file = MlpHead::new(&config, &tensors)?.write(directory.join(HEAD_FILE))?;
+    let Manifest { identity, counts, details, mut files, .. } = Manifest::read(directory, Stage::TeacherEmbed)?;
+    files.push(file);
+    Manifest::new(identity, counts, details, files).write(directory)
 }
 
 fn split(samples: usize) -> [Vec<u64>; 2] {

@@ -8,7 +8,7 @@ use super::fixture::{HEAD, SAMPLES, VIEWS, network, write, write_moco, write_run
 use candle_core::{DType, Device, Tensor};
 use shared::cli::with_threads;
 use shared::data_loader::normalized_batch;
-use shared::embedding::{EmbeddingDtype, EmbeddingSet, embedding_file_name};
+use shared::embedding::{EmbeddingDtype, EmbeddingSet, HEAD_FILE, embedding_file_name};
 use shared::io::write_json;
 use shared::manifest::{MANIFEST_FILE, Manifest, Stage};
 use shared::models::{Arch, Encoder, HeadConfig, HeadKind};
@@ -18,7 +18,7 @@ use shared::shard::ShardSet;
 use shared::transforms::normalize::Normalization;
 use shared::weights::names::Method;
 use shared::{Error, Fault};
-use teacher_embed::config::{EmbedConfig, VerifyConfig};
+use teacher_embed::config::{EmbedConfig, ProjectionKind, VerifyConfig};
 use teacher_embed::{describe, embed, verify};
 
 struct Bench {
@@ -436,4 +436,37 @@ fn pixels_are_normalised_as_asked_and_as_the_architecture_was_published() {
     let config = EmbedConfig { dtype: EmbeddingDtype::F32, ..config };
     let error = embed(&config).unwrap_err();
     assert!(matches!(&error, Error::Chain { what, .. } if what == "`pixel-normalization`"), "{error}");
+}
+
+#[test]
+fn sets_carry_the_head_that_makes_their_embeddings() {
+    let bench = bench();
+    let run = bench.path().join("run");
+    write_run(&run, 1).unwrap();
+    let encoder = Encoder::new(Arch::ResNet18, Some(HEAD), 1).unwrap();
+    let shards = ShardSet::open(&bench.config.shards).unwrap();
+    let xs = normalized_batch(&shards, &[(0, 0), (3, 1)], Normalization::Imagenet).unwrap();
+    let numbers = |tensor: Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let expected = numbers(encoder.head_outputs(&xs, Mode::Eval).unwrap());
+    let embedded = |config: &EmbedConfig| {
+        embed(config).unwrap();
+        EmbeddingSet::open(&config.output, &shards).unwrap()
+    };
+    for (name, weights) in [("of_file", &bench.config.weights), ("of_run", &run)] {
+        let config = EmbedConfig { weights: weights.clone(), ..bench.writing_to(name) };
+        let head = embedded(&config).head().unwrap().unwrap();
+        let found = numbers(head.forward(&encoder.features(&xs, Mode::Eval).unwrap()).unwrap());
+        assert_eq!(found, expected, "{name}");
+    }
+    let plain = EmbedConfig { method: Some(Method::Backbone), ..bench.writing_to("features") };
+    assert!(embedded(&plain).head().unwrap().is_none());
+    let centred = EmbedConfig { projection: Some(ProjectionKind::Center), ..bench.writing_to("centred") };
+    assert!(embedded(&centred).head().unwrap().is_none());
+
+    let path = bench.path().join("of_file").join(HEAD_FILE);
+    let mut bytes = fs::read(&path).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&path, bytes).unwrap();
+    let set = EmbeddingSet::open(bench.path().join("of_file"), &shards).unwrap();
+    assert!(matches!(set.head(), Err(Error::Damaged { fault: Fault::Hash { .. }, .. })));
 }

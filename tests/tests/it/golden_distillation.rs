@@ -3,12 +3,14 @@
 //! `tests/golden/distill_steps.py` computed the values in f64 and says how. Errors are measured as in `golden_disco`.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail};
 use candle_core::Tensor;
 use serde::Deserialize;
+use shared::models::{MlpConfig, MlpHead, MlpLayer};
 use shared::run::{Losses, Objective};
-use student_train::config::{Ensemble, MethodConfig, MethodName};
+use student_train::config::{Ensemble, HeadSource, MethodConfig, MethodName};
 use student_train::method::{Method, Moco, Queue};
 use student_train::step::{Batch, TrainingState};
 use student_train::teachers::combine;
@@ -37,12 +39,13 @@ struct Trace {
     tensors: BTreeMap<String, Vec<f64>>,
 }
 
-fn config(distill: &str, method: MethodName) -> Result<Config> {
+fn config(distill: &str, method: MethodName, head: Option<&MlpHead>) -> Result<Config> {
     let contrast = method == MethodName::MocoV2;
     let options = Options {
         batch_size: Some(BATCH),
         bn_groups: Some(2),
-        head_hidden: Some(64),
+        head: head.map(|_| HeadSource::Retro),
+        head_hidden: head.is_none().then_some(64),
         embedding_dim: Some(WIDTH),
         method: Some(method),
         queue_size: contrast.then_some(QUEUE),
@@ -50,7 +53,24 @@ fn config(distill: &str, method: MethodName) -> Result<Config> {
         seed_queue_size: distill.contains("seed").then_some(QUEUE),
         ..Options::default()
     };
-    Ok(Config::new(Objective::Distill, &options, None)?)
+    let mut config = Config::new(Objective::Distill, &options, None)?;
+    if let Some(head) = head {
+        config.reuse_head(head.config());
+    }
+    Ok(config)
+}
+
+/// The script's head of the teacher.
+fn teacher_head() -> Result<MlpHead> {
+    let linear =
+        |name: &str, inputs, outputs, bias| MlpLayer::Linear { name: format!("head.{name}"), inputs, outputs, bias };
+    let norm = MlpLayer::BatchNorm { name: "head.bn1".into(), width: 40, affine: true };
+    let (first, second, third) = (linear("0", 48, 40, true), linear("3", 40, 36, false), linear("5", 36, WIDTH, true));
+    let layers = vec![first, norm, MlpLayer::Relu, second, MlpLayer::Gelu, third];
+    let config = MlpConfig::new(layers).map_err(anyhow::Error::msg)?;
+    let mut weights = parameters(&config.names_and_shapes())?;
+    weights.insert("head.bn1.bias".into(), shift("head.bn1.bias", 40)?);
+    Ok(MlpHead::new(&config, &weights)?)
 }
 
 fn target(which: &str, step: u64, teachers: usize) -> Result<Tensor> {
@@ -77,8 +97,11 @@ fn batch(step: u64, teachers: usize) -> Result<Batch> {
     })
 }
 
-fn start(config: &Config) -> Result<TrainingState> {
-    let query = query(config)?;
+fn start(config: &Config, head: Option<MlpHead>) -> Result<TrainingState> {
+    let mut query = query(config)?;
+    if let Some(head) = head {
+        query = query.with_reused_head(Arc::new(head))?;
+    }
     let method = match &config.method {
         MethodConfig::MocoV2(moco) => {
             let queue = Queue::from_keys(unit_rows("queue", QUEUE, WIDTH)?, 0)?;
@@ -103,11 +126,21 @@ fn start(config: &Config) -> Result<TrainingState> {
 }
 
 fn check(name: &str, distill: &str, method: MethodName, teachers: usize) -> Result<()> {
+    check_with_head(name, distill, method, teachers, None)
+}
+
+fn check_with_head(
+    name: &str,
+    distill: &str,
+    method: MethodName,
+    teachers: usize,
+    head: Option<MlpHead>,
+) -> Result<()> {
     let golden: Golden =
         serde_json::from_str(include_str!("../../golden/distill_steps.json")).context("distill_steps.json")?;
     let trace = &golden.traces[name];
-    let config = config(distill, method)?;
-    let mut state = start(&config)?;
+    let config = config(distill, method, head.as_ref())?;
+    let mut state = start(&config, head)?;
     for (step, (golden, shuffle)) in trace.losses.iter().zip(&golden.shuffles).enumerate() {
         let found = state.step(&batch(step as u64, teachers)?, shuffle, config.optimisation.lr)?;
         check_losses(step, &found, golden);
@@ -143,6 +176,11 @@ fn three_steps_of_simreg_equal_pytorch() -> Result<()> {
 #[test]
 fn three_steps_of_the_squared_distance_alone_equal_pytorch() -> Result<()> {
     check("mse alone", "mse=32", MethodName::None, 1)
+}
+
+#[test]
+fn three_steps_with_the_teachers_own_head_equal_pytorch() -> Result<()> {
+    check_with_head("retro", "mse=32", MethodName::MocoV2, 1, Some(teacher_head()?))
 }
 
 #[test]

@@ -63,23 +63,28 @@ fn affine(xs: &Tensor, weight: &Parameter, bias: Option<&Parameter>, act: Activa
     let summands = bias.map_or_else(|| Ok(vec![0.0; outputs]), |bias| values(bias.var()))?;
     let mut out =
         with_values(&xs, |xs| with_values(weight.var(), |weight| Ok(rows::linear(xs, inputs, weight, &summands))))?;
-    let before = (pass.record && act != Activation::Identity).then(|| out.clone());
+    // A frozen layer hands the gradient on to an input that wants one.
+    let (record, wants_input) = (pass.record, xs.track_op());
+    let recorded = record || wants_input;
+    let before = (recorded && act != Activation::Identity).then(|| out.clone());
     if act != Activation::Identity {
         rows::activate(&mut out, outputs, act);
     }
-    if !pass.record {
+    if !recorded {
         return Ok(Tensor::from_vec(out, (rows, outputs), xs.device())?);
     }
-    let (weight, bias, input, wants_input) = (weight.clone(), bias.cloned(), xs.detach(), xs.track_op());
+    let (weight, bias, input) = (weight.clone(), bias.cloned(), xs.detach());
     let backward = move |mut gradient: Vec<f32>| {
         if let Some(before) = before {
             rows::activation_gradient(&before, &mut gradient, outputs, act);
         }
-        if let Some(bias) = bias {
+        if let Some(bias) = bias.filter(|_| record) {
             deposit(&bias, rows::column_sums(&gradient, outputs))?;
         }
-        let dweight = with_values(&input, |xs| Ok(rows::linear_weight_gradient(xs, &gradient, inputs, outputs)))?;
-        deposit(&weight, dweight)?;
+        if record {
+            let dweight = with_values(&input, |xs| Ok(rows::linear_weight_gradient(xs, &gradient, inputs, outputs)))?;
+            deposit(&weight, dweight)?;
+        }
         if !wants_input {
             return Ok(vec![None]);
         }

@@ -16,8 +16,8 @@ use std::cmp::Ordering;
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use shared::Result;
 
+use crate::error::Result;
 use crate::feature_rows::FeatureRows;
 use crate::matrix;
 

@@ -1,9 +1,5 @@
 //! Runs that die: by `kill -9` at any moment, by a request to stop, by a disk that fills up. What goes on has the bytes of a
 //! straight run.
-#![cfg(unix)]
-
-#[path = "training/workspace.rs"]
-mod workspace;
 
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
@@ -11,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use shared::rng::KeyedRng;
 use shared::{Error, Result};
-use workspace::Workspace;
+
+use crate::workspace::Workspace;
 
 /// The smallest network there is, and a single checkpoint at the end unless told otherwise.
 const QUICK: [&str; 4] = ["--student=tf_efficientnet_lite0", "--threads=2", "--checkpoint-minutes=1000", "--keep=1"];
@@ -82,7 +79,7 @@ fn twenty_kills_at_random_moments_change_no_byte() -> Result<()> {
     let starting = begun.elapsed();
     assert_eq!(output(command(&workspace, "straight", &[EPOCHS]))?.0, Some(0));
     // From the first instruction to some steps.
-    let longest = starting + (begun.elapsed() - 2 * starting).mul_f64(8.0 / STEPS);
+    let longest = starting + begun.elapsed().saturating_sub(2 * starting).mul_f64(8.0 / STEPS);
     let run = workspace.path("killed");
     let mut random = KeyedRng::new("kills", 0, &[]);
     let mut inside_a_checkpoint = 0;

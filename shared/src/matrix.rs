@@ -5,13 +5,14 @@
 
 use candle_core::{CpuStorage, Device, Storage, Tensor};
 use rayon::prelude::*;
-use shared::Result;
+
+use crate::error::Result;
 
 /// A `(rows, width)` tensor that takes over `data`.
 ///
 /// # Errors
 /// When the length of `data` is not `rows × width`.
-pub(crate) fn tensor(data: Vec<f32>, rows: usize, width: usize) -> Result<Tensor> {
+pub fn tensor(data: Vec<f32>, rows: usize, width: usize) -> Result<Tensor> {
     Ok(Tensor::from_vec(data, (rows, width), &Device::Cpu)?)
 }
 
@@ -19,7 +20,7 @@ pub(crate) fn tensor(data: Vec<f32>, rows: usize, width: usize) -> Result<Tensor
 ///
 /// # Errors
 /// When the tensor is not f32, not contiguous or not on the CPU.
-pub(crate) fn with_slice<T>(tensor: &Tensor, read: impl FnOnce(&[f32]) -> T) -> Result<T> {
+pub fn with_slice<T>(tensor: &Tensor, read: impl FnOnce(&[f32]) -> T) -> Result<T> {
     let (storage, layout) = tensor.storage_and_layout();
     let Storage::Cpu(CpuStorage::F32(values)) = &*storage else {
         return Err(candle_core::Error::Msg("expected f32 values on the CPU".into()).into());
@@ -33,7 +34,7 @@ pub(crate) fn with_slice<T>(tensor: &Tensor, read: impl FnOnce(&[f32]) -> T) -> 
 /// Scales `row` to unit length; a row of zeros stays as it is.
 ///
 /// The squares are summed in f64, so that no length overflows or vanishes.
-pub(crate) fn normalize_row(row: &mut [f32]) {
+pub fn normalize_row(row: &mut [f32]) {
     let length = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt();
     if length > 0.0 {
         for x in row {
@@ -43,7 +44,7 @@ pub(crate) fn normalize_row(row: &mut [f32]) {
 }
 
 /// Fills a `(count, width)` buffer by rows, in parallel.
-pub(crate) fn gather(count: usize, width: usize, fill: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
+pub fn gather(count: usize, width: usize, fill: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
     let mut rows = vec![0.0; count * width];
     if width > 0 {
         rows.par_chunks_mut(width).with_min_len(16).enumerate().for_each(|(i, row)| fill(i, row));

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use shared::{Error, Result};
+use crate::error::{Error, Result};
 
 /// The features of `N` samples, `V` views each, `F` wide, in the order of the shards.
 #[derive(Debug, Clone)]

@@ -1,7 +1,4 @@
-//! The binary as a process: what it prints where, its exit statuses, and what a real kill leaves.
-
-#[path = "training/workspace.rs"]
-mod workspace;
+//! The binary as a process: what it prints where, and its exit statuses.
 
 use std::collections::BTreeMap;
 use std::process::{Command, Stdio};
@@ -11,8 +8,9 @@ use shared::models::{Arch, Encoder};
 use shared::ops::Isa;
 use shared::tensor_file::write_tensors;
 use shared::{Error, Result};
-use student_train::train_log::Timing;
-use workspace::Workspace;
+use student_train::Timing;
+
+use crate::workspace::Workspace;
 
 fn student_train(workspace: &Workspace, command: &str, run: &str, more: &[&str]) -> Command {
     let mut process = Command::new(env!("CARGO_BIN_EXE_student-train"));
