@@ -154,9 +154,10 @@ pub struct Options {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bn_groups: Option<usize>,
 
-    /// How gradients become steps [default: sgd]
+    /// How gradients become steps [default: sgd; swav: larc]
     ///
-    /// Batches of thousands want lars or larc; transformers adamw.
+    /// Batches of thousands want lars or larc; transformers adamw. Method swav trains by larc, and then begins at the rate 0.6, moves
+    /// it every step, ends at a thousandth of it and decays by 0.000001 unless told otherwise.
     #[arg(long, value_name = "RULE", help_heading = "Optimisation")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub optimizer: Option<OptimizerName>,

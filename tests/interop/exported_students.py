@@ -39,6 +39,11 @@ BATCH = 8
 TOLERANCE = 1e-4
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 STD = np.array([0.229, 0.224, 0.225], np.float32)
+METHODS = {
+    "moco-v2": ["--queue-size", 2 * BATCH, "--head-hidden", 32],
+    "moco-v1": ["--queue-size", 2 * BATCH],
+    "swav": ["--swav-queue-size", 0, "--head-hidden", 32, "--prototypes", 10],
+}
 # timm has neither SwAV's own network nor this size of transformer.
 ABSENT_FROM_TIMM = {"resnet50w2", "vit_tiny_patch8_224"}
 
@@ -109,9 +114,22 @@ def check_onnx(stages, run, arch, size, images, expected):
 def embeddings(run, features):
     """The head of the run's checkpoint, applied to features."""
     details = json.loads((run / "manifest.json").read_text())["details"]
-    weight = {name: read(run / details["checkpoint"], f"query.fc.{name}") for name in ["0.weight", "0.bias", "2.weight", "2.bias"]}
-    hidden = np.maximum(features @ weight["0.weight"].T + weight["0.bias"], 0)
-    rows = hidden @ weight["2.weight"].T + weight["2.bias"]
+
+    def tensor(name):
+        return read(run / details["checkpoint"], f"query.{name}")
+
+    def linear(rows, name):
+        return rows @ tensor(f"{name}.weight").T + tensor(f"{name}.bias")
+
+    match details.get("head", "mlp"):
+        case "linear":
+            rows = linear(features, "fc")
+        case "mlp":
+            rows = linear(np.maximum(linear(features, "fc.0"), 0), "fc.2")
+        case "mlp-batch-norm":
+            norm = {name: tensor(f"projection_head.1.{name}") for name in ["weight", "bias", "running_mean", "running_var"]}
+            normal = (linear(features, "projection_head.0") - norm["running_mean"]) / np.sqrt(norm["running_var"] + 1e-5)
+            rows = linear(np.maximum(normal * norm["weight"] + norm["bias"], 0), "projection_head.3")
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
@@ -175,12 +193,14 @@ def main(binaries, photos, work, *archs):
     if timm is None:
         print("torch and timm are not installed: their part is left out")
     failed = False
-    for arch in archs or stages.architectures():
-        run = stages.work / arch / "run"
+    archs = archs or stages.architectures()
+    other_heads = [(arch, method) for arch in archs if arch == "resnet18" for method in ["moco-v1", "swav"]]
+    for arch, method in [*((arch, "moco-v2") for arch in archs), *other_heads]:
+        run = stages.work / f"{arch}-{method}" / "run"
         run.parent.mkdir()
         stages.run(
             "student-train", "pretrain", "--shards", training, "--student", arch, "--output", run, "--epochs", EPOCHS,
-            "--batch-size", BATCH, "--queue-size", 2 * BATCH, "--head-hidden", 32, "--embedding-dim", 16, "--quiet",
+            "--batch-size", BATCH, "--embedding-dim", 16, "--quiet", "--method", method, *METHODS[method],
         )  # fmt: skip
         sizes = PATCH_SIZES if "_patch" in arch or arch.startswith("xcit") else SIZES
         expected = {size: our_features(stages, run, stages.work / f"size{size}") for size in sizes}
@@ -189,7 +209,7 @@ def main(binaries, photos, work, *archs):
             errors["timm"] = check_timm(stages, run, arch, images, expected)
             if arch.startswith("resnet"):
                 check_detectron2(stages, run, arch)
-        print(f"{arch}: relative error of features " + ", ".join(f"{what} {error:.1e}" for what, error in errors.items()))
+        print(f"{arch}, {method}: relative error of features " + ", ".join(f"{what} {error:.1e}" for what, error in errors.items()))
         failed |= not max(errors.values()) <= TOLERANCE
         shutil.rmtree(run.parent)
     sys.exit(failed)

@@ -6,8 +6,9 @@ use shared::models::HeadKind;
 use shared::run::Objective;
 use shared::{Error, Result};
 
+use super::optimisation::{CurveName, OptimizerName};
 use super::within;
-use crate::args::Options;
+use crate::args::{LrUnit, Options};
 
 /// A self-supervised method by name.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
@@ -26,6 +27,26 @@ pub enum MethodName {
     Swav,
     /// None: `distill` by the teacher alone
     None,
+}
+
+impl MethodName {
+    /// The options with the optimiser that the method is trained by where they name none: for `SwAV` that of the official script for
+    /// batches of 256, LARC with a cosine per step that ends at a thousandth of its rate.
+    pub(super) fn with_usual_optimizer(self, options: &Options) -> Options {
+        let mut options = options.clone();
+        let own = options.optimizer.is_some_and(|optimizer| optimizer != OptimizerName::Larc);
+        if self != Self::Swav || own {
+            return options;
+        }
+        options.optimizer = Some(OptimizerName::Larc);
+        let lr = *options.lr.get_or_insert(0.6);
+        options.weight_decay.get_or_insert(1e-6);
+        if options.schedule.unwrap_or_default() == CurveName::Cosine {
+            options.final_lr.get_or_insert(lr / 1000.0);
+            options.lr_unit.get_or_insert(LrUnit::Step);
+        }
+        options
+    }
 }
 
 /// A method with its settings; `method` names it in a file.

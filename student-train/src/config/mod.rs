@@ -122,6 +122,7 @@ impl Config {
     pub fn new(objective: Objective, options: &Options, teacher_dim: Option<usize>) -> Result<Self> {
         let batch_size = options.batch_size.unwrap_or(DEFAULT_BATCH_SIZE);
         let epochs = options.epochs.unwrap_or(200);
+        let with_optimizer = options.method.unwrap_or_default().with_usual_optimizer(options);
         let method = MethodConfig::new(objective, options, batch_size)?;
         let head_source = options.head.unwrap_or_default();
         if head_source == HeadSource::Retro {
@@ -139,7 +140,7 @@ impl Config {
             batch_size,
             accumulate: options.accumulate.unwrap_or(1),
             bn_groups: options.bn_groups.unwrap_or(usual_groups),
-            optimisation: OptimisationConfig::new(options, epochs)?,
+            optimisation: OptimisationConfig::new(&with_optimizer, epochs)?,
             method,
             head_source,
             adapter_width: None,
@@ -259,6 +260,7 @@ fn embedding_dim(asked: Option<usize>, teacher: Option<usize>) -> Result<usize> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::args::LrUnit;
 
     fn error(options: Options) -> String {
         let error = Config::new(Objective::Distill, &options, Some(128)).unwrap_err();
@@ -345,6 +347,13 @@ mod tests {
         };
         assert_eq!((&config.method, config.bn_groups), (&MethodConfig::Swav(swav), 1));
         assert_eq!(config.head(), HeadConfig { kind: HeadKind::MlpBatchNorm, hidden: 2048, embedding_dim: 64 });
+        let OptimisationConfig { optimizer, lr, final_lr, lr_unit, weight_decay, .. } = config.optimisation;
+        assert_eq!((optimizer, lr_unit), (OptimizerName::Larc, Some(LrUnit::Step)));
+        assert_eq!((lr, final_lr, weight_decay), (0.6, 0.0006, 1e-6));
+        // Another optimiser brings its own.
+        let descent = Options { optimizer: Some(OptimizerName::Sgd), ..options(MethodName::Swav) };
+        let config = Config::new(Objective::Pretrain, &descent, None).unwrap();
+        assert_eq!((config.optimisation.lr, config.optimisation.final_lr), (0.03, 0.0));
         // Whole batches only.
         let odd = Options { batch_size: Some(1000), ..options(MethodName::Swav) };
         let config = Config::new(Objective::Distill, &odd, None).unwrap();

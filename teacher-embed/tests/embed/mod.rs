@@ -466,7 +466,7 @@ fn sets_carry_the_head_that_makes_their_embeddings() {
     let path = bench.path().join("of_file").join(HEAD_FILE);
     let mut bytes = fs::read(&path).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
-    fs::write(&path, bytes).unwrap();
+    shared::io::write_atomic(&path, &bytes).unwrap();
     let set = EmbeddingSet::open(bench.path().join("of_file"), &shards).unwrap();
     assert!(matches!(set.head(), Err(Error::Damaged { fault: Fault::Hash { .. }, .. })));
 }

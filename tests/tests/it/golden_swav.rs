@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result};
 use serde::Deserialize;
 use shared::losses::sinkhorn;
 use shared::run::Objective;
-use student_train::config::{MethodConfig, MethodName};
+use student_train::config::{MethodConfig, MethodName, OptimizerName};
 use student_train::method::{Method, Swav};
 use student_train::step::{Batch, TrainingState};
 use student_train::{Config, Options};
@@ -40,6 +40,7 @@ fn golden() -> Result<Golden> {
 fn options(method: MethodName) -> Options {
     Options {
         method: Some(method),
+        optimizer: Some(OptimizerName::Sgd),
         batch_size: Some(BATCH),
         bn_groups: Some(2),
         embedding_dim: Some(32),
