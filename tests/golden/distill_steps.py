@@ -27,7 +27,6 @@ import disco_steps as disco
 from disco_steps import BATCH, GROUPS, KEY_MOMENTUM, LR, MOMENTUM, QUEUE, SHUFFLES, STEPS, TEMPERATURE, WEIGHT_DECAY, WIDTH
 from formula import fingerprint, load_into, unit_rows
 
-disco.SIZE = 32
 FEATURES = 512
 SEED_QUEUE, SEED_TEMPERATURE, SEED_TEACHER_TEMPERATURE = 20, 0.2, 0.01
 

@@ -21,7 +21,7 @@ use crate::golden_disco::{check_losses, query, shift};
 
 /// Largest relative error after three steps in f32, against f64.
 const TOLERANCE: f64 = 1e-4;
-const SIZE: usize = 32;
+const SIZE: usize = 64;
 const BATCH: usize = 8;
 const WIDTH: usize = 32;
 const QUEUE: usize = 20;
