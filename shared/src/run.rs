@@ -10,10 +10,10 @@
 //! tensorboard/            the same numbers for `TensorBoard`, see [`crate::tensorboard`]; not listed for the same reason
 //! checkpoints/            see [`crate::checkpoint`]; tensors `query.*`, `key.*`, `queue`, `ema.*` of the averaged student, and the
 //!                         optimiser's behind its name (`sgd.*`); of `SwAV` `prototypes.weight` and `swav_queue.*` in
-//!                         place of key encoder and queue
+//!                         place of key encoder and queue; of the teacher's term `seed` `seed_queue`, of its term `simreg` `simreg.*`
 //! student.safetensors     the backbone of the query encoder or of its average, names of torchvision and timm
-//! head.safetensors        of a run with the teacher's own head, that head: see [`crate::models::MlpHead`]
 //! student-best.safetensors  the same when the probe was best: [`BestStudent`]
+//! head.safetensors        of a run with the teacher's own head, that head: see [`crate::models::MlpHead`]
 //! ```
 
 use std::collections::BTreeMap;

@@ -27,8 +27,9 @@ import disco_steps as disco
 from disco_steps import BATCH, GROUPS, KEY_MOMENTUM, LR, MOMENTUM, QUEUE, SHUFFLES, STEPS, TEMPERATURE, WEIGHT_DECAY, WIDTH
 from formula import fingerprint, load_into, unit_rows
 
-disco.SIZE = 32
 FEATURES = 512
+# Relations and predictions through four more layers magnify the rounding of every step before: their steps are shorter.
+SHORT_STEPS, SHORT_LR = {"rkd", "rkd and mse", "simreg"}, LR / 10
 SEED_QUEUE, SEED_TEMPERATURE, SEED_TEACHER_TEMPERATURE = 20, 0.2, 0.01
 
 # Term: (weight, acts on the key's view too).
@@ -155,7 +156,8 @@ def trace(name, terms, contrast):
     simreg = predictor() if "simreg" in terms else None
     networks = {"query": query} | ({"simreg": simreg} if simreg else {})
     parameters = [p for network in networks.values() for p in network.parameters()]
-    optimiser = torch.optim.SGD(parameters, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    lr = SHORT_LR if name in SHORT_STEPS else LR
+    optimiser = torch.optim.SGD(parameters, lr=lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     losses = []
     for step in range(STEPS):
         views = {which: disco.view(f"view {which} {step}") for which in "qk"}

@@ -80,12 +80,14 @@ fn ensembles_take_every_teacher() -> Result<()> {
     let workspace = Workspace::new()?;
     write_embedding_set(&workspace.path("second"), &workspace.path("shards"), 10, 3, 1)?;
     let second = format!("--embeddings={}", workspace.path("second").display());
-    // The first `--embeddings` is taken out for the one given here, so both are named.
-    let first = format!("--embeddings={}", workspace.path("embeddings").display());
+    let twice = |mut arguments: Vec<String>, second: &str| {
+        arguments.push(second.to_string());
+        train_with(&arguments)
+    };
     let mut students = Vec::new();
     for (how, width) in [("mean", EMBEDDING_DIM), ("concat", 2 * EMBEDDING_DIM), ("random", EMBEDDING_DIM)] {
         let ensemble = format!("--ensemble={how}");
-        train(&workspace, "distill", how, &[SMALL, &first, &second, &ensemble, "--epochs=1"])?;
+        twice(workspace.arguments("distill", how, &[SMALL, &ensemble, "--epochs=1"]), &second)?;
         let run = Run::open(workspace.path(how))?;
         assert_eq!(run.details().embedding_dim, width);
         let roles =
@@ -98,9 +100,11 @@ fn ensembles_take_every_teacher() -> Result<()> {
     }
     assert!(students[0] != students[1] && students[0] != students[2]);
 
-    let refused = |more: &[&str]| train(&workspace, "distill", "refused", more).map(drop).unwrap_err().to_string();
-    assert!(refused(&[&first, &first.clone()]).contains("is given twice"));
-    assert!(refused(&["--ensemble=mean"]).contains("needs `--embeddings` twice"));
+    let first = format!("--embeddings={}", workspace.path("embeddings").display());
+    let message = twice(workspace.arguments("distill", "refused", &[]), &first).map(drop).unwrap_err().to_string();
+    assert!(message.contains("is given twice"), "{message}");
+    let message = train(&workspace, "distill", "refused", &["--ensemble=mean"]).map(drop).unwrap_err().to_string();
+    assert!(message.contains("needs `--embeddings` twice"), "{message}");
     Ok(())
 }
 
