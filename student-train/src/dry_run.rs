@@ -76,7 +76,7 @@ pub struct Planned {
 /// # Errors
 /// As [`crate::trainer::train`] before its first step.
 pub fn plan(objective: Objective, options: &Options, plan: &Plan, world: &World) -> Result<Planned> {
-    let Inputs { config, init, batches, identity } = Inputs::find(objective, options, plan, world)?;
+    let Inputs { config, init, batches, identity, teacher_head, .. } = Inputs::find(objective, options, plan, world)?;
     let found = look_at(&plan.output, &identity, plan.overwrite)?;
     let steps_per_epoch = batches.steps_per_epoch();
     let steps = config.epochs * steps_per_epoch;
@@ -91,7 +91,7 @@ pub fn plan(objective: Objective, options: &Options, plan: &Plan, world: &World)
             (RunState::Resumes, done.unwrap_or(0))
         }
     };
-    let training = TrainingState::new(&config)?;
+    let training = TrainingState::with_teacher_head(&config, teacher_head)?;
     let checkpoint_bytes = training.checkpoint_bytes()?;
     let parameters = training.num_parameters() as u64;
     let size = [batches.shards().height(), batches.shards().width()];
