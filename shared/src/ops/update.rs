@@ -1,4 +1,4 @@
-//! How parameters move, in place: gradient descent, AdamW, moving averages; and the sums and checks that decide how far.
+//! How parameters move, in place: gradient descent, `AdamW`, moving averages; and the sums and checks that decide how far.
 
 use candle_core::{DType, Tensor};
 
