@@ -118,7 +118,7 @@ fn assert_alike(workspace: &Workspace, expected: &str, found: &str, steps: usize
         let (expected, found) = (values(&expected_file)?, values(&found_file)?);
         let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
         let apart =
-            norm(&mut expected.iter().zip(&found).map(|(a, b)| a - b)) / norm(&mut expected.into_iter()).max(1e-3);
+            norm(&mut expected.iter().zip(&found).map(|(a, b)| a - b)) / norm(&mut expected.into_iter()).max(0.1);
         if apart > furthest_tensor.0 {
             furthest_tensor = (apart, name.clone());
         }

@@ -8,7 +8,7 @@ use shared::embedding::{EmbeddingDtype, EmbeddingSetDetails, embedding_file_name
 use shared::manifest::{Manifest, Stage};
 use shared::{Error, Result};
 
-use crate::workspace::{EMBEDDING_DIM, Workspace, write_embedding_set, write_shards_of};
+use crate::workspace::{EMBEDDING_DIM, write_embedding_set, write_shards_of};
 use crate::{SAMPLES, arguments, mpirun, spawn, train, wait, workspace};
 
 /// A job of two ranks with different command lines, each behind a piece of shell.
