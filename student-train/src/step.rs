@@ -192,13 +192,14 @@ impl TrainingState {
         if !losses.loss.is_finite() {
             let stop = |losses: &Losses| not_finite(&format!("the loss became {}", losses.loss), losses, batch);
             self.world.agree(if own.loss.is_finite() { Ok(()) } else { Err(stop(&own)) })?;
-            return Err(stop(&losses));
+            return self.world.agree(Err(stop(&losses)));
         }
         if let Some(limit) = self.clip_norm {
             let norm = gradient_norm(gradients.iter().map(|(_, gradients)| gradients))?;
             losses.terms.insert(Losses::GRADIENT_NORM.into(), norm as f32);
             if !norm.is_finite() {
-                return Err(not_finite("a gradient is not finite", &losses, batch));
+                // The same on all ranks, as are the parameters.
+                return self.world.agree(Err(not_finite("a gradient is not finite", &losses, batch)));
             }
             clip_gradients(gradients.iter().map(|(_, gradients)| gradients), norm, limit)?;
         }
@@ -208,7 +209,7 @@ impl TrainingState {
         for Trainable { name: network, store } in self.trainables() {
             if let Some(name) = store.first_not_finite()? {
                 let what = format!("the parameter `{network}.{name}` is not finite any more");
-                return Err(not_finite(&what, &losses, batch));
+                return self.world.agree(Err(not_finite(&what, &losses, batch)));
             }
         }
         if let Some(Average { student, decay }) = &self.average {

@@ -8,7 +8,7 @@ use shared::embedding::{EmbeddingDtype, EmbeddingSetDetails, embedding_file_name
 use shared::manifest::{Manifest, Stage};
 use shared::{Error, Result};
 
-use crate::workspace::{EMBEDDING_DIM, Workspace, write_embedding_set, write_shards_of};
+use crate::workspace::{EMBEDDING_DIM, write_embedding_set, write_shards_of};
 use crate::{SAMPLES, arguments, mpirun, spawn, train, wait, workspace};
 
 /// A job of two ranks with different command lines, each behind a piece of shell.
@@ -70,8 +70,8 @@ fn what_is_missing_or_different_on_one_rank_is_named() -> Result<()> {
 fn failure_of_one_rank_in_the_middle_ends_the_job() -> Result<()> {
     let Some(workspace) = workspace()? else { return Ok(()) };
     let usual = arguments(&workspace, "pretrain", "run", &["--checkpoint-steps=1"]);
-    // The first rank cannot write its checkpoint; the other waits for it in the next step.
-    let ended = wait(spawn(two_ranks(("ulimit -f 2000;", &usual), ("", &usual)))?)?;
+    // The first rank cannot write its checkpoint of more than 51 MB; the other waits for it in a step.
+    let ended = wait(spawn(two_ranks(("ulimit -f 100000;", &usual), ("", &usual)))?)?;
     assert_eq!((ended.status, ended.errors().len()), (Some(1), 1), "{ended:?}");
     assert!(ended.errors()[0].starts_with("error: rank 0 on `"), "{ended:?}");
     assert!(ended.errors()[0].contains("step-00000001.safetensors"), "{ended:?}");
@@ -83,7 +83,7 @@ fn loss_that_is_not_finite_is_told_by_the_rank_that_has_the_samples() -> Result<
     let Some(workspace) = workspace()? else { return Ok(()) };
     // One row of the teacher is not a number.
     let (shards, teacher) = (workspace.path("images"), workspace.path("broken"));
-    write_embedding_set(&teacher, &shards, SAMPLES, 2)?;
+    write_embedding_set(&teacher, &shards, SAMPLES, 2, 0)?;
     let ids: Vec<u64> = (0..SAMPLES as u64 / 2).map(|i| i * 7 + 1).collect();
     let mut rows = vec![0.5f32; ids.len() * 2 * EMBEDDING_DIM];
     rows[..2 * EMBEDDING_DIM].fill(f32::NAN);

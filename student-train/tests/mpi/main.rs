@@ -44,7 +44,7 @@ fn workspace() -> Result<Option<Workspace>> {
     let workspace = Workspace::new()?;
     let local = Some(LocalDetails { views: 3, size: 16 });
     write_shards_of(&workspace.path("images"), SAMPLES, 2, local, 0, 32)?;
-    write_embedding_set(&workspace.path("teacher"), &workspace.path("images"), SAMPLES, 2)?;
+    write_embedding_set(&workspace.path("teacher"), &workspace.path("images"), SAMPLES, 2, 0)?;
     Ok(Some(workspace))
 }
 
