@@ -47,8 +47,6 @@ pub struct AskedTerm {
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct DistillTerms(pub BTreeMap<DistillTerm, AskedTerm>);
 
-/// RKD's weight of angles beside distances of weight 1.
-const ANGLE_TO_DISTANCE: f64 = 2.0;
 /// Every way to name terms.
 const NAMES: &str = "mse, rkd, rkd-distance, rkd-angle, seed, simreg";
 
@@ -69,7 +67,7 @@ impl DistillTerm {
     /// The terms that a name stands for, and their shares of its weight.
     fn named(name: &str) -> Option<Vec<(Self, f64)>> {
         if name == "rkd" {
-            return Some(vec![(Self::RkdDistance, 1.0), (Self::RkdAngle, ANGLE_TO_DISTANCE)]);
+            return Some(vec![(Self::RkdDistance, 1.0), (Self::RkdAngle, 1.0)]);
         }
         Self::ALL.into_iter().find(|term| term.name() == name).map(|term| vec![(term, 1.0)])
     }
@@ -193,7 +191,7 @@ mod tests {
         for file in ["distill = \"rkd=1.5@query, mse=32\"", "[distill]\nmse = 32\nrkd = \"1.5@query\""] {
             assert_eq!(toml::from_str::<File>(file).unwrap().distill, expected, "{file}");
         }
-        assert_eq!(expected.to_string(), "mse=32,rkd-distance=1.5@query,rkd-angle=3@query");
+        assert_eq!(expected.to_string(), "mse=32,rkd-distance=1.5@query,rkd-angle=1.5@query");
         assert_eq!(terms(&expected.to_string()), expected);
     }
 

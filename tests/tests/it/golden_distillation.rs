@@ -161,8 +161,8 @@ fn check_with_head(
 
 #[test]
 fn three_steps_with_relations_equal_pytorch() -> Result<()> {
-    check("rkd", "rkd=1@query", MethodName::MocoV2, 1)?;
-    check("rkd and mse", "mse=32,rkd=0.5", MethodName::MocoV2, 1)
+    check("rkd", "rkd-distance=1@query,rkd-angle=2@query", MethodName::MocoV2, 1)?;
+    check("rkd and mse", "mse=32,rkd-distance=0.5,rkd-angle=1", MethodName::MocoV2, 1)
 }
 
 #[test]
