@@ -336,15 +336,20 @@ impl<'a> Trainer<'a> {
         let steps_per_epoch = self.batches.steps_per_epoch();
         let lr = self.config.optimisation.schedule(self.config.epochs, steps_per_epoch).lr(self.step);
         let shuffle = batch_shuffle(self.config.batch_size, self.config.seed, self.step);
-        let losses = self.state.step(&batch, &shuffle, lr).map_err(|error| self.with_last_checkpoint(error))?;
+        let losses = match self.state.step(&batch, &shuffle, lr) {
+            Ok(losses) => losses,
+            Err(error) => return Err(self.with_last_checkpoint(error)),
+        };
         self.step += 1;
         Ok((StepMetrics { step: self.step, epoch, lr, losses }, waited))
     }
 
     /// Says of a step that cannot be used where the last state is that can.
-    fn with_last_checkpoint(&self, error: Error) -> Error {
+    fn with_last_checkpoint(&mut self, error: Error) -> Error {
         let Error::Invalid { message, hint } = error else { return error };
-        let Some(Writer { saver, .. }) = &self.writer else { return Error::Invalid { message, hint } };
+        let Some(Writer { saver, .. }) = &mut self.writer else { return Error::Invalid { message, hint } };
+        // One may be on its way; if it cannot be written, those before it count.
+        drop(saver.wait());
         let checkpoints = saver.checkpoints();
         let last = checkpoints.steps().ok().and_then(|steps| steps.last().copied());
         let last = last.map_or_else(

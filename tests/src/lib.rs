@@ -51,8 +51,8 @@ fn photo(class: usize, rng: &mut KeyedRng) -> RgbImage {
     picture
 }
 
-/// The contents of every file below a directory, by relative path; hidden files (locks) and `timing.jsonl` (clock readings)
-/// do not count.
+/// The contents of every file below a directory, by relative path; hidden files (locks), `timing.jsonl` and the files in
+/// `tensorboard` (clock readings) do not count.
 ///
 /// # Errors
 /// When a file cannot be read.
@@ -64,7 +64,7 @@ pub fn contents(root: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
             let path = entry?.path();
             let hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
             if path.is_dir() {
-                pending.push(path);
+                pending.extend((!path.ends_with("tensorboard")).then_some(path));
             } else if !hidden && path.file_name().is_none_or(|name| name != "timing.jsonl") {
                 files.insert(path.strip_prefix(root)?.display().to_string(), fs::read(&path)?);
             }

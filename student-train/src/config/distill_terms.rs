@@ -186,7 +186,7 @@ mod tests {
             distill: DistillTerms,
         }
         let expected = terms("mse=32,rkd=1.5@query");
-        assert_eq!(expected.0[&DistillTerm::RkdAngle], AskedTerm { weight: 3.0, views: Some(DistillViews::Query) });
+        assert_eq!(expected.0[&DistillTerm::RkdAngle], AskedTerm { weight: 1.5, views: Some(DistillViews::Query) });
         assert_eq!(expected.0[&DistillTerm::Mse], AskedTerm { weight: 32.0, views: None });
         for file in ["distill = \"rkd=1.5@query, mse=32\"", "[distill]\nmse = 32\nrkd = \"1.5@query\""] {
             assert_eq!(toml::from_str::<File>(file).unwrap().distill, expected, "{file}");

@@ -61,7 +61,7 @@ fn help_names_every_default() -> Result<()> {
     let (status, stdout, _) = output(process)?;
     assert_eq!(status, Some(0));
     let stdout = stdout.split_whitespace().collect::<Vec<_>>().join(" ");
-    for word in ["--embeddings", "[default: 0.03]", "[default: 65536]", "[default: 0.2]", "--distill-weight"] {
+    for word in ["--embeddings", "[default: 0.03, for sgd", "[default: 65536]", "[default: 0.2]", "--distill-weight"] {
         assert!(stdout.contains(word), "{word} is not in {stdout}");
     }
     for words in ["Continue from a timm or torchvision checkpoint", "512 for MobileNetV3, 1280 for other students"] {

@@ -129,8 +129,8 @@ fn other_settings_for_an_unfinished_run() -> Result<()> {
 #[test]
 fn checkpoint_of_another_training() -> Result<()> {
     let workspace = Workspace::new()?;
-    train(&workspace, "pretrain", "run", &["--stop-after-steps=3"])?;
-    train(&workspace, "pretrain", "other", &["--seed=9", "--stop-after-steps=3"])?;
+    train(&workspace, "pretrain", "run", &["--stop-after-steps=3", "--checkpoint-steps=2"])?;
+    train(&workspace, "pretrain", "other", &["--seed=9", "--stop-after-steps=3", "--checkpoint-steps=2"])?;
     for extension in ["json", "safetensors"] {
         let name = format!("checkpoints/step-00000002.{extension}");
         let (from, to) = (workspace.path("other").join(&name), workspace.path("run").join(&name));

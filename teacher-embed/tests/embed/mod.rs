@@ -233,7 +233,7 @@ fn verify_finds_changed_files_other_shards_and_other_weights() {
         quiet: true,
     };
     let verified = verify(&config).unwrap();
-    assert_eq!((verified.files, verified.recomputed_rows, verified.shards_checked), (2, 10, true));
+    assert_eq!((verified.files, verified.recomputed_rows, verified.shards_checked), (3, 10, true));
     assert!(verified.max_cosine_distance.unwrap() < 1e-6, "{verified}");
 
     let other = write_moco(bench.path(), 2).unwrap();
@@ -366,7 +366,10 @@ fn runs_with_other_heads_are_teachers_too() {
         let checkpoint = run.join(write_run_with(head, &run, 1).unwrap());
         // The run's own head, and the layers that are read from the file.
         let [of_run, of_file] = [("run", &run), ("file", &checkpoint)].map(|(name, weights)| {
-            let config = EmbedConfig { weights: weights.clone(), ..bench.writing_to(&format!("{name} of {method}")) };
+            let config = EmbedConfig {
+                weights: weights.clone(),
+                ..bench.writing_to(&format!("embeddings of {name} of {method}"))
+            };
             assert_eq!(embed(&config).unwrap().teacher.method, method);
             rows(&config)
         });
