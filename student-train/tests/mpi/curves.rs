@@ -64,7 +64,7 @@ fn every_method_gives_the_losses_and_statistics_of_one_process() -> Result<()> {
         ("distill", &["--method=none"]),
         ("pretrain", &["--accumulate=2"]),
         ("pretrain", &["--method=moco-v1"]),
-        ("distill", &["--distill=mse=32,rkd=1,seed=1,simreg=1", "--seed-queue-size=32"]),
+        ("distill", &["--distill=mse=32,rkd=1,seed=1,simreg=1", "--seed-queue-size=64"]),
         ("distill", &frozen),
         ("pretrain", &in_pieces),
     ];
