@@ -171,6 +171,6 @@ mod tests {
     fn buckets_hold_all_in_order_and_no_more_than_fits() {
         assert_eq!(buckets(&[3, 4, 3, 20, 1, 1], 10), [0..3, 3..4, 4..6]);
         assert_eq!(buckets(&[20, 20], 10), [0..1, 1..2]);
-        assert_eq!(buckets(&[], 10), []);
+        assert!(buckets(&[], 10).is_empty());
     }
 }

@@ -123,7 +123,9 @@ fn assert_alike(workspace: &Workspace, expected: &str, found: &str, steps: usize
             furthest_tensor = (apart, name.clone());
         }
     }
-    println!("{found} is apart from {expected} by {furthest:.1e} in losses, {furthest_tensor:?} in tensors");
+    shared::progress::note(&format!(
+        "{found} is apart from {expected} by {furthest:.1e} in losses, {furthest_tensor:?} in tensors"
+    ));
     assert!(furthest < TOLERANCE, "the losses of `{found}` are {furthest} apart from those of `{expected}`");
     assert!(furthest_tensor.0 < TENSOR_TOLERANCE, "`{found}` is apart from `{expected}` in {furthest_tensor:?}");
     Ok(())

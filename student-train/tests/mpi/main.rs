@@ -38,7 +38,7 @@ impl Ended {
 /// A workspace with images of 32 pixels, or none where there is no `mpirun`, which is said.
 fn workspace() -> Result<Option<Workspace>> {
     if !Command::new("mpirun").arg("--version").output().is_ok_and(|output| output.status.success()) {
-        println!("SKIPPED: there is no `mpirun` here");
+        shared::progress::note("SKIPPED: there is no `mpirun` here");
         return Ok(None);
     }
     let workspace = Workspace::new()?;
