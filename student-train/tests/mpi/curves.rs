@@ -13,6 +13,8 @@ const TOLERANCE: f64 = 1e-4;
 /// How far networks, running statistics and queues may be apart, by their norms. Momenta are left out: those of single parameters
 /// whose gradients cancel are nothing but rounding.
 const TENSOR_TOLERANCE: f64 = 1e-3;
+/// What the names of momenta begin with.
+const MOMENTA: [&str; 2] = ["sgd.", "larc."];
 /// Accuracies are shares of the batch: a single sample near a tie would change them by far more.
 const SHARES: [&str; 1] = [Losses::TOP1];
 /// A student without batch norm for many steps: with groups of a few samples and one pixel at the end, a convolutional network with
@@ -111,7 +113,11 @@ fn assert_alike(workspace: &Workspace, expected: &str, found: &str, steps: usize
     let (expected_file, found_file) = (file(expected)?, file(found)?);
     assert_eq!(expected_file.names(), found_file.names());
     let mut furthest_tensor = (0f64, String::new());
-    for name in expected_file.names().into_iter().filter(|name| tensors && !name.starts_with("sgd.")) {
+    for name in expected_file
+        .names()
+        .into_iter()
+        .filter(|name| tensors && !MOMENTA.iter().any(|prefix| name.starts_with(prefix)))
+    {
         let values = |file: &TensorFile| {
             Ok::<_, shared::Error>(file.tensor(&name)?.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?)
         };
