@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::builder::RangedU64ValueParser;
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use shared::cli::{CommonArgs, ComputeArgs};
-use shared::knn::ViewChoice;
+use shared::knn::{VOTE_TEMPERATURE, ViewChoice};
 use shared::models::Arch;
 use shared::transforms::normalize::Normalization;
 
@@ -124,7 +124,7 @@ pub struct KnnArgs {
     pub k: Vec<u32>,
 
     /// Temperature of the votes: smaller makes near neighbours count more
-    #[arg(long, value_name = "T", default_value_t = 0.07)]
+    #[arg(long, value_name = "T", default_value_t = VOTE_TEMPERATURE)]
     pub temperature: f64,
 
     /// What stands for a sample with several stored views

@@ -8,6 +8,10 @@
 #   VIEWS="2 32"   further numbers of stored views, distilled with the first seed; 8 is what all others have
 #   HEADS="512"    further hidden widths of the projection head, distilled with the first seed
 set -euo pipefail
+if (($# != 2)) || [ ! -d "$1" ]; then
+  sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+fi
 cifar=$(realpath "$1")
 mkdir -p "$2"
 out=$(realpath "$2")

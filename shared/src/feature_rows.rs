@@ -7,6 +7,10 @@ use std::collections::BTreeMap;
 
 use crate::error::{Error, Result};
 
+/// Images per forward pass where features are extracted. Fixed, because the last bits of a matrix product may depend on its size:
+/// the same shards give the same bytes.
+pub const EXTRACTION_BATCH: usize = 32;
+
 /// The features of `N` samples, `V` views each, `F` wide, in the order of the shards.
 #[derive(Debug, Clone)]
 pub struct FeatureRows<'a> {

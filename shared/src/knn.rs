@@ -21,6 +21,9 @@ use crate::error::Result;
 use crate::feature_rows::FeatureRows;
 use crate::matrix;
 
+/// What similarities are usually divided by before neighbours vote, as in DINO's `eval_knn.py`.
+pub const VOTE_TEMPERATURE: f64 = 0.07;
+
 /// Training rows per matrix product.
 const TRAIN_BLOCK: usize = 4096;
 /// Queries per matrix product.

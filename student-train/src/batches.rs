@@ -22,6 +22,8 @@ use crate::teachers::Teachers;
 const WORKERS: usize = 2;
 /// Batches that wait, besides one in the hands of each worker: memory is bounded by their sum.
 const BATCHES_AHEAD: usize = 2;
+/// Batches that exist at once: those, one in the hands of each worker, and that of the step.
+pub const BATCHES_IN_MEMORY: usize = WORKERS + BATCHES_AHEAD + 1;
 
 /// Makes the batch of any step.
 #[derive(Debug)]

@@ -14,12 +14,10 @@ use shared::space::{free_bytes, human};
 use shared::{Error, Result};
 
 use crate::args::Options;
+use crate::batches::BATCHES_IN_MEMORY;
 use crate::config::Plan;
 use crate::step::TrainingState;
 use crate::trainer::Inputs;
-
-/// Batches in memory at once: being made, waiting, and in the step.
-const BATCHES_IN_MEMORY: u64 = 5;
 
 /// How the run's directory would be found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -99,7 +97,7 @@ pub fn plan(objective: Objective, options: &Options, plan: &Plan, world: &World)
     let rows = config.batch_size as u64;
     // Activations of one view of one piece, gradients, the views of the batches ahead.
     let activations = kept_values(config.student, size)? * rows / config.accumulate as u64 * float;
-    let views = BATCHES_IN_MEMORY * 2 * rows * (size[0] * size[1] * 3) as u64 * float;
+    let views = BATCHES_IN_MEMORY as u64 * 2 * rows * (size[0] * size[1] * 3) as u64 * float;
     let memory_bytes = checkpoint_bytes + parameters * float + activations + views;
     Ok(Planned {
         output: plan.output.clone(),

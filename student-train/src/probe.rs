@@ -6,8 +6,8 @@
 use std::path::Path;
 
 use shared::data_loader::normalized_batch;
-use shared::feature_rows::FeatureRows;
-use shared::knn::{KnnAccuracy, ViewChoice, nearest, vote};
+use shared::feature_rows::{EXTRACTION_BATCH, FeatureRows};
+use shared::knn::{KnnAccuracy, VOTE_TEMPERATURE, ViewChoice, nearest, vote};
 use shared::manifest::Input;
 use shared::matrix::with_slice;
 use shared::models::Encoder;
@@ -20,12 +20,6 @@ use crate::config::{ProbeConfig, ProbePaths};
 
 /// The roles under which a run records the sets.
 pub const PROBE_ROLES: [&str; 2] = ["probe-train", "probe-val"];
-
-/// Divides similarities before they are weighed, as in DINO's `eval_knn.py`.
-const TEMPERATURE: f64 = 0.07;
-
-/// Images per forward pass, as in `student-eval`. Fixed, because the last bits of a matrix product may depend on its size.
-const BATCH: usize = 32;
 
 /// A labelled set, or two.
 #[derive(Debug)]
@@ -96,7 +90,7 @@ impl Probe {
         };
         let k = self.config.probe_k;
         let neighbours = nearest(&train_rows, &rows, ViewChoice::First, k, val.is_none())?;
-        let accuracy = vote(&neighbours, &train_classes, &truth, classes, &[k], TEMPERATURE).into_iter().next();
+        let accuracy = vote(&neighbours, &train_classes, &truth, classes, &[k], VOTE_TEMPERATURE).into_iter().next();
         accuracy.ok_or_else(|| Error::invalid("a probe without neighbours", ""))
     }
 }
@@ -105,8 +99,9 @@ impl Features {
     fn of(set: &ShardSet, encoder: &Encoder) -> Result<Self> {
         let width = encoder.arch().feature_width();
         let mut values = Vec::with_capacity(set.len() * width);
-        for start in (0..set.len()).step_by(BATCH) {
-            let rows: Vec<(usize, usize)> = (start..set.len().min(start + BATCH)).map(|index| (index, 0)).collect();
+        for start in (0..set.len()).step_by(EXTRACTION_BATCH) {
+            let rows: Vec<(usize, usize)> =
+                (start..set.len().min(start + EXTRACTION_BATCH)).map(|index| (index, 0)).collect();
             let pixels = normalized_batch(set, &rows, Normalization::Imagenet)?;
             let features = encoder.features(&pixels, Mode::Eval)?.contiguous()?;
             with_slice(&features, |features| values.extend_from_slice(features))?;

@@ -186,9 +186,7 @@ impl TrainingState {
         };
         let own = self.method.gradients(&input, &mut gradients)?;
         let mut losses = own.clone();
-        let mut networks: Vec<_> = self.trainables().into_iter().map(|trainable| trainable.store).collect();
-        networks.extend(self.method.followers());
-        average(&self.world, &mut losses, &mut gradients, &networks)?;
+        average(&self.world, &mut losses, &mut gradients, &self.method)?;
         if !losses.loss.is_finite() {
             let stop = |losses: &Losses| not_finite(&format!("the loss became {}", losses.loss), losses, batch);
             self.world.agree(if own.loss.is_finite() { Ok(()) } else { Err(stop(&own)) })?;
@@ -206,7 +204,7 @@ impl TrainingState {
         for (trainable, gradients) in gradients.iter() {
             self.optimizer.step(trainable.name, &trainable.store, gradients, lr)?;
         }
-        for Trainable { name: network, store } in self.trainables() {
+        for (Trainable { name: network, store }, _) in gradients.iter() {
             if let Some(name) = store.first_not_finite()? {
                 let what = format!("the parameter `{network}.{name}` is not finite any more");
                 return self.world.agree(Err(not_finite(&what, &losses, batch)));

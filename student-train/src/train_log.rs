@@ -140,7 +140,9 @@ impl TrainLog {
         self.window.step(waited);
         self.call.step(waited);
         let StepMetrics { step, epoch, lr, losses } = metrics;
-        self.progress.message(self.message(metrics));
+        if !self.display.quiet {
+            self.progress.message(self.message(metrics));
+        }
         self.progress.inc(1);
         let epoch_ends = step.is_multiple_of(self.display.steps_per_epoch);
         if epoch_ends || step.is_multiple_of(self.display.log_steps) {

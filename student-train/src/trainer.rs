@@ -332,8 +332,8 @@ impl<'a> Trainer<'a> {
             return Err(Error::invalid("the batches ended before the run", "please report this"));
         };
         let (batch, waited) = (batch?, asked.elapsed());
-        let epoch = self.step / self.batches.steps_per_epoch();
         let steps_per_epoch = self.batches.steps_per_epoch();
+        let epoch = self.step / steps_per_epoch;
         let lr = self.config.optimisation.schedule(self.config.epochs, steps_per_epoch).lr(self.step);
         let shuffle = batch_shuffle(self.config.batch_size, self.config.seed, self.step);
         let losses = match self.state.step(&batch, &shuffle, lr) {

@@ -79,6 +79,17 @@ def embed(model, xs):
     return F.normalize(model(xs), dim=1)
 
 
+def embed_keys(key, query, xs, step, embed=embed):
+    """Moves the key encoder towards the query encoder, then embeds the key's view in shuffled order."""
+    with torch.no_grad():
+        for mine, theirs in zip(key.parameters(), query.parameters()):
+            mine.mul_(KEY_MOMENTUM).add_(theirs, alpha=1.0 - KEY_MOMENTUM)
+        shuffle = torch.tensor(SHUFFLES[step])
+        keys = torch.empty(BATCH, WIDTH, dtype=torch.float64)
+        keys[shuffle] = embed(key, xs[shuffle])
+        return keys
+
+
 def trace(distill):
     query = encoder()
     key = copy.deepcopy(query)
@@ -87,12 +98,7 @@ def trace(distill):
     losses = []
     for step in range(STEPS):
         view_q, view_k = view(f"view q {step}"), view(f"view k {step}")
-        with torch.no_grad():
-            for mine, theirs in zip(key.parameters(), query.parameters()):
-                mine.mul_(KEY_MOMENTUM).add_(theirs, alpha=1.0 - KEY_MOMENTUM)
-            shuffle = torch.tensor(SHUFFLES[step])
-            keys = torch.empty(BATCH, WIDTH, dtype=torch.float64)
-            keys[shuffle] = embed(key, view_k[shuffle])
+        keys = embed_keys(key, query, view_k, step)
         s_q = embed(query, view_q)
         logits = torch.cat([(s_q * keys).sum(1, keepdim=True), s_q @ queue.t()], dim=1) / TEMPERATURE
         info_nce = F.cross_entropy(logits, torch.zeros(BATCH, dtype=torch.long))

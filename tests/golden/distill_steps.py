@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import disco_steps as disco
-from disco_steps import BATCH, GROUPS, KEY_MOMENTUM, LR, MOMENTUM, QUEUE, SHUFFLES, STEPS, TEMPERATURE, WEIGHT_DECAY, WIDTH
+from disco_steps import BATCH, GROUPS, LR, MOMENTUM, QUEUE, SHUFFLES, STEPS, TEMPERATURE, WEIGHT_DECAY, WIDTH
 from formula import fingerprint, load_into, unit_rows
 
 FEATURES = 512
@@ -163,12 +163,7 @@ def trace(name, terms, contrast):
         views = {which: disco.view(f"view {which} {step}") for which in "qk"}
         line, loss = {}, 0.0
         if contrast:
-            with torch.no_grad():
-                for mine, theirs in zip(key.parameters(), query.parameters()):
-                    mine.mul_(KEY_MOMENTUM).add_(theirs, alpha=1.0 - KEY_MOMENTUM)
-                shuffle = torch.tensor(SHUFFLES[step])
-                keys = torch.empty(BATCH, WIDTH, dtype=torch.float64)
-                keys[shuffle] = embed(key, views["k"][shuffle])
+            keys = disco.embed_keys(key, query, views["k"], step, embed)
         for which in "qk":
             acts = any(which == "q" or both for _, both in terms.values())
             if not acts and not (contrast and which == "q"):

@@ -20,7 +20,7 @@ import torchvision
 from timm.utils import ModelEmaV3
 
 import disco_steps
-from disco_steps import BATCH, DISTILL_WEIGHT, KEY_MOMENTUM, QUEUE, SHUFFLES, STEPS, TEMPERATURE, WIDTH, embed, encoder, rows, view
+from disco_steps import BATCH, DISTILL_WEIGHT, QUEUE, SHUFFLES, STEPS, TEMPERATURE, embed, embed_keys, encoder, rows, view
 from formula import fingerprint
 
 RATES = np.linspace(0.0002, 0.001, STEPS)
@@ -41,12 +41,7 @@ def main():
     for step in range(STEPS):
         view_q, view_k = view(f"view q {step}"), view(f"view k {step}")
         disco_steps.GROUPS = 2
-        with torch.no_grad():
-            for mine, theirs in zip(key.parameters(), query.parameters()):
-                mine.mul_(KEY_MOMENTUM).add_(theirs, alpha=1.0 - KEY_MOMENTUM)
-            shuffle = torch.tensor(SHUFFLES[step])
-            keys = torch.empty(BATCH, WIDTH, dtype=torch.float64)
-            keys[shuffle] = embed(key, view_k[shuffle])
+        keys = embed_keys(key, query, view_k, step)
         disco_steps.GROUPS = 1
         optimiser.zero_grad()
         line = dict.fromkeys(["info_nce", "top1", "distill_q", "distill_k", "loss"], 0.0)

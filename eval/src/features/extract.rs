@@ -6,6 +6,7 @@ use std::path::Path;
 use candle_core::Tensor;
 use shared::cli::note_cpu;
 use shared::data_loader::normalized_batch;
+use shared::feature_rows::EXTRACTION_BATCH;
 use shared::io::{FileEntry, hash_file};
 use shared::manifest::{Identity, Input, Stage};
 use shared::matrix;
@@ -21,10 +22,6 @@ use shared::{Error, Result};
 use super::{
     FeatureSet, FeatureSetDetails, PIXEL_NORMALIZATION_KEY, SHARDS_ROLE, details_of, feature_file_name, is_complete,
 };
-
-/// Images per forward pass. Fixed, because the last bits of a matrix product may depend on its size: the same shards give the
-/// same bytes.
-const BATCH: usize = 32;
 
 /// Something that turns images into features.
 pub trait Extractor {
@@ -144,8 +141,8 @@ fn extract_shard(
     let first = files_end(shards, index) - samples;
     let images: Vec<(usize, usize)> =
         (first..first + samples).flat_map(|sample| (0..views).map(move |view| (sample, view))).collect();
-    let mut ahead = images.chunks(BATCH).skip(1);
-    for images in images.chunks(BATCH) {
+    let mut ahead = images.chunks(EXTRACTION_BATCH).skip(1);
+    for images in images.chunks(EXTRACTION_BATCH) {
         if let Some(next) = ahead.next() {
             shards.will_need(next)?;
         }

@@ -42,12 +42,7 @@ mod tests {
     use candle_core::{Device, Tensor, Var};
 
     use super::*;
-
-    fn rows(count: usize, width: usize, phase: f32) -> Tensor {
-        let values: Vec<f32> = (0..count * width).map(|i| (i as f32 * 1.7 + phase).sin()).collect();
-        let xs = Tensor::from_vec(values, (count, width), &Device::Cpu).unwrap();
-        xs.broadcast_div(&xs.sqr().unwrap().sum_keepdim(1).unwrap().sqrt().unwrap()).unwrap()
-    }
+    use crate::losses::unit_rows as rows;
 
     #[test]
     fn equal_logits_cost_the_logarithm_of_their_number() {

@@ -20,3 +20,11 @@ pub use relational::{rkd_angle, rkd_distance};
 pub use seed::seed;
 pub use sinkhorn::sinkhorn;
 pub use soft_cross_entropy::soft_cross_entropy;
+
+/// Rows of unit length, for the tests of several losses.
+#[cfg(test)]
+fn unit_rows(count: usize, width: usize, phase: f32) -> candle_core::Tensor {
+    let values: Vec<f32> = (0..count * width).map(|i| (i as f32 * 1.7 + phase).sin()).collect();
+    let xs = candle_core::Tensor::from_vec(values, (count, width), &candle_core::Device::Cpu).unwrap();
+    xs.broadcast_div(&xs.sqr().unwrap().sum_keepdim(1).unwrap().sqrt().unwrap()).unwrap()
+}

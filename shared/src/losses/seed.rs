@@ -42,15 +42,8 @@ pub fn seed(
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
-
     use super::*;
-
-    fn rows(count: usize, width: usize, phase: f32) -> Tensor {
-        let values: Vec<f32> = (0..count * width).map(|i| (i as f32 * 1.7 + phase).sin()).collect();
-        let xs = Tensor::from_vec(values, (count, width), &Device::Cpu).unwrap();
-        xs.broadcast_div(&xs.sqr().unwrap().sum_keepdim(1).unwrap().sqrt().unwrap()).unwrap()
-    }
+    use crate::losses::unit_rows as rows;
 
     /// The definition, in f64.
     fn plainly(student: &[Vec<f32>], teacher: &[Vec<f32>], queue: &[Vec<f32>], temperatures: [f64; 2]) -> f64 {

@@ -55,10 +55,7 @@ impl Optimizer {
     /// # Errors
     /// `Error::Shape` when a gradient or a state is not the parameter's.
     pub fn step(&mut self, network: &str, store: &ParameterStore, gradients: &Gradients, lr: f64) -> Result<()> {
-        if !self.networks.contains_key(network) {
-            self.networks.insert(network.to_owned(), State::default());
-        }
-        let Some(state) = self.networks.get_mut(network) else { return Ok(()) };
+        let state = self.networks.entry(network.to_owned()).or_default();
         for (name, parameter) in store.parameters() {
             let Some(gradient) = gradients.get(name) else { continue };
             state.step(&self.config, name, parameter.var().as_tensor(), gradient, lr)?;

@@ -184,11 +184,10 @@ mod tests {
 
     use super::*;
     use crate::args::Options;
+    use crate::method::Queue;
 
-    fn rows(count: usize, width: usize, phase: f32) -> Tensor {
-        let values: Vec<f32> = (0..count * width).map(|i| (i as f32 * 1.7 + phase).sin()).collect();
-        let xs = Tensor::from_vec(values, (count, width), &Device::Cpu).unwrap();
-        xs.broadcast_div(&xs.sqr().unwrap().sum_keepdim(1).unwrap().sqrt().unwrap()).unwrap()
+    fn rows(count: usize, width: usize, seed: u64) -> Tensor {
+        Queue::random(count, width, seed).unwrap().keys().clone()
     }
 
     #[test]
@@ -204,7 +203,7 @@ mod tests {
         let config = Config::new(Objective::Distill, &options, Some(6)).unwrap();
         let mut distillation = Distillation::new(&config).unwrap().unwrap();
         let pixels = Tensor::zeros((8, 1, 1, 3), candle_core::DType::F32, &Device::Cpu).unwrap();
-        let teacher = [rows(8, 6, 0.1), rows(8, 6, 0.7)];
+        let teacher = [rows(8, 6, 1), rows(8, 6, 2)];
         let (views, teacher) = ([pixels.clone(), pixels], Some(teacher));
         let batch = Batch {
             step: 0,
@@ -215,7 +214,7 @@ mod tests {
             teacher,
             shuffled_keys: None,
         };
-        let (features, embeddings) = (rows(8, 192, 0.3), rows(8, 6, 0.4));
+        let (features, embeddings) = (rows(8, 192, 3), rows(8, 6, 4));
         for (view, count) in [(0, 5), (1, 4)] {
             let part = |range: Range<usize>| {
                 let of = |tensor: &Tensor| tensor.narrow(0, range.start, range.len()).unwrap();
